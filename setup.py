@@ -1,0 +1,65 @@
+"""Installs muse_jax. `pip install -e .` is enough to run it, `pip install -e .[test]` to test it."""
+
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "muse_jax" / "__init__.py").read_text()).group(1)
+
+# jaxlib 0.10.2 computes wrong sums on CPU without a word (jax#39103) and crashes on reductions of
+# rank 7 (jax#40412); 0.11.0 and 0.11.1 have the same reduce fusion. tests/test_jaxlib.py has both
+# reproducers. Python 3.11's newest is then 0.10.1; Python 3.12 and newer get what is newest.
+WITHOUT_WRONG_SUMS = ">=0.10.1,!=0.10.2,!=0.11.0,!=0.11.1"
+
+# The configs stand at the top of the repository, where people look for them, and are installed as
+# muse_jax/configs, where the commands find them without a checkout.
+CONFIGS = {"muse_jax.configs." + path.name: str(path.relative_to(HERE)) for path in HERE.glob("configs/[a-z]*/")}
+
+setuptools.setup(
+    name="muse_jax",
+    version=VERSION,
+    description="Muse: text-to-image generation by masked generative transformers, in JAX and Flax",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*setuptools.find_packages(include=["muse_jax", "muse_jax.*"]), *CONFIGS],
+    package_dir=CONFIGS,
+    package_data={"muse_jax": ["pretrained/**", "pretrained/**/*"]},
+    install_requires=[
+        f"jax{WITHOUT_WRONG_SUMS}",
+        f"jaxlib{WITHOUT_WRONG_SUMS}",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        # Older ones delete local checkpoints that were copied to a bucket, as if they were unfinished.
+        "orbax-checkpoint>=0.12.3",
+        "grain>=0.2.16",
+        "absl-py>=2.3",
+        "clu>=0.0.12",
+        # clu's TensorBoard writers import both; TensorFlow itself no longer brings TensorBoard.
+        "tensorflow>=2.21",
+        "tensorboard>=2.20",
+        "tensorflow-datasets>=4.9.10",
+        "seqio>=0.0.20",
+        "sentencepiece>=0.2.1",
+        "ml-collections>=1.1.0",
+        "jaxtyping>=0.3.2",
+        "matplotlib>=3.10",
+        "numpy>=2.0",
+        "pillow>=12.0",
+        "safetensors>=0.6",
+        "scipy>=1.16",
+        "tqdm>=4.67",
+    ],
+    extras_require={
+        "test": [
+            "beartype>=0.22",
+            "pytest>=9.0",
+            "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
+            "ruff>=0.14",
+        ],
+    },
+)
