@@ -25,7 +25,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*setuptools.find_packages(include=["muse_jax", "muse_jax.*"]), *CONFIGS],
+    packages=[*setuptools.find_namespace_packages(include=["muse_jax", "muse_jax.*"], exclude=["muse_jax.pretrained*"]), *CONFIGS],
     package_dir=CONFIGS,
     package_data={"muse_jax": ["pretrained/**", "pretrained/**/*"]},
     install_requires=[

@@ -1,0 +1,3 @@
+"""Muse and its two neighbours, MaskGIT and Paella: one JAX framework to train, sample and edit."""
+
+__version__ = "0.1.0"
