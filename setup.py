@@ -15,7 +15,7 @@ WITHOUT_WRONG_SUMS = ">=0.10.1,!=0.10.2,!=0.11.0,!=0.11.1"
 
 # The configs stand at the top of the repository, where people look for them, and are installed as
 # muse_jax/configs, where the commands find them without a checkout.
-CONFIGS = {"muse_jax.configs." + path.name: str(path.relative_to(HERE)) for path in HERE.glob("configs/[a-z]*/")}
+CONFIGS = ["muse_jax.configs", *(f"muse_jax.configs.{name}" for name in setuptools.find_namespace_packages("configs"))]
 
 setuptools.setup(
     name="muse_jax",
@@ -25,8 +25,11 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*setuptools.find_namespace_packages(include=["muse_jax", "muse_jax.*"], exclude=["muse_jax.pretrained*"]), *CONFIGS],
-    package_dir=CONFIGS,
+    packages=[
+        *setuptools.find_namespace_packages(include=["muse_jax", "muse_jax.*"], exclude=["muse_jax.pretrained*"]),
+        *CONFIGS,
+    ],
+    package_dir={"muse_jax.configs": "configs"},
     package_data={"muse_jax": ["pretrained/**", "pretrained/**/*"]},
     install_requires=[
         f"jax{WITHOUT_WRONG_SUMS}",

@@ -1,0 +1,32 @@
+"""Every test sees 8 CPU devices, and a warning is an error (see pyproject.toml for the exceptions)."""
+
+import os
+import pathlib
+
+# Before anything imports jax: the number of devices is fixed when its backend starts. Child
+# processes inherit the environment, so commands under test run on the same devices and find this
+# checkout whatever is installed.
+os.environ["JAX_PLATFORMS"] = "cpu"  # and leave an accelerator that the machine may have alone
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["MUSE_JAX_NO_REEXEC"] = "1"  # muse_jax/process.py: a test's process is pytest's
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices():
+    """The tests of sharding mean nothing on one device, so make sure of it."""
+    import jax
+
+    assert jax.device_count() == 8, "jax was started before tests/conftest.py could ask for 8 CPU devices"
+
+
+@pytest.fixture
+def root() -> pathlib.Path:
+    """The checkout: configs/, README.md and the package."""
+    return ROOT
