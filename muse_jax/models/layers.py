@@ -1,0 +1,196 @@
+"""Layers that the transformers are put together from. Parameters carry logical axis names."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from muse_jax.models import axes
+
+
+def kernel_init(names: Sequence[str], fan_in_axes: Sequence[int], scale: float = 1.0):
+    """Truncated normal of variance scale / fan-in, with the names of the kernel's axes."""
+    out_axes = tuple(i for i in range(len(names)) if i not in fan_in_axes)
+    init = nn.initializers.variance_scaling(
+        scale, "fan_in", "truncated_normal", in_axis=tuple(fan_in_axes), out_axis=out_axes
+    )
+    return nn.with_logical_partitioning(init, tuple(names))
+
+
+class Dense(nn.Module):
+    """``x @ kernel`` over the last axis; no bias unless asked for."""
+
+    features: int
+    names: tuple[str, str]
+    use_bias: bool = False
+    scale: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel = self.param("kernel", kernel_init(self.names, (0,), self.scale), (x.shape[-1], self.features))
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.names[1:])
+            y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+
+    name_of_axis: str = axes.EMBED
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.name_of_axis,))
+        scale = self.param("scale", init, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * scale).astype(x.dtype)
+
+
+class HeadProjection(nn.Module):
+    """Projects the width to heads: ``[*b, width] -> [*b, heads, head_dim]``."""
+
+    heads: int
+    head_dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b h d"]:
+        init = kernel_init((axes.EMBED, axes.HEADS, axes.HEAD_DIM), (0,))
+        kernel = self.param("kernel", init, (x.shape[-1], self.heads, self.head_dim)).astype(self.dtype)
+        flat = jnp.dot(x.astype(self.dtype), kernel.reshape(x.shape[-1], -1))
+        return flat.reshape(*x.shape[:-1], self.heads, self.head_dim)
+
+
+class OutProjection(nn.Module):
+    """Joins the heads: ``[*b, heads, head_dim] -> [*b, width]``."""
+
+    features: int
+    scale: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b h d"]) -> Float[Array, "*b o"]:
+        init = kernel_init((axes.HEADS, axes.HEAD_DIM, axes.EMBED), (0, 1), self.scale)
+        kernel = self.param("kernel", init, (*x.shape[-2:], self.features)).astype(self.dtype)
+        flat = x.astype(self.dtype).reshape(*x.shape[:-2], -1)
+        return jnp.dot(flat, kernel.reshape(-1, self.features))
+
+
+def attend(
+    q: Float[Array, "*b n h d"],
+    k: Float[Array, "*b m h d"],
+    v: Float[Array, "*b m h d"],
+    mask: Bool[Array, "*b m"] | None = None,
+) -> Float[Array, "*b n h d"]:
+    """Scaled dot-product attention; softmax in float32.
+
+    A query that sees no key at all gets zeros: with the whole text masked, cross-attention vanishes
+    and "attention is then self-attention alone" (Muse, section 2.7).
+    """
+    scores = jnp.einsum("...qhd,...khd->...hqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[..., None, None, :], scores, -1e9)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("...hqk,...khd->...qhd", weights, v)
+    if mask is not None:
+        out = jnp.where(jnp.any(mask, axis=-1)[..., None, None, None], out, 0)
+    return out
+
+
+def to_blocks(x: Float[Array, "b n *r"], grid: tuple[int, int], block: tuple[int, int]) -> Float[Array, "b k p *r"]:
+    """Raster-ordered tokens to ``[b, blocks, positions in the block, ...]``."""
+    (rows, cols), (p, q) = grid, block
+    x = x.reshape(x.shape[0], rows // p, p, cols // q, q, *x.shape[2:])
+    x = x.swapaxes(2, 3)
+    return x.reshape(x.shape[0], (rows // p) * (cols // q), p * q, *x.shape[5:])
+
+
+def from_blocks(x: Float[Array, "b k p *r"], grid: tuple[int, int], block: tuple[int, int]) -> Float[Array, "b n *r"]:
+    """The inverse of `to_blocks`."""
+    (rows, cols), (p, q) = grid, block
+    x = x.reshape(x.shape[0], rows // p, cols // q, p, q, *x.shape[3:])
+    return x.swapaxes(2, 3).reshape(x.shape[0], rows * cols, *x.shape[5:])
+
+
+def multi_axis_attend(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b n h d"],
+    v: Float[Array, "b n h d"],
+    grid: tuple[int, int],
+    block: tuple[int, int],
+) -> Float[Array, "b n h d"]:
+    """Multi-axis attention (HiT, Zhao et al. 2021, section 3.1).
+
+    The first half of the heads attends within blocks, the second half across blocks, among the
+    tokens at the same position of their block (a dilated grid).
+    """
+    half = q.shape[2] // 2
+    q, k, v = (to_blocks(x, grid, block) for x in (q, k, v))
+    within = attend(q[..., :half, :], k[..., :half, :], v[..., :half, :])
+    across = (x[..., half:, :].swapaxes(1, 2) for x in (q, k, v))
+    return from_blocks(jnp.concatenate([within, attend(*across).swapaxes(1, 2)], axis=-2), grid, block)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention; with a `block`, multi-axis over the `grid`."""
+
+    heads: int
+    grid: tuple[int, int] | None = None
+    block: tuple[int, int] | None = None
+    qk_norm: bool = False
+    out_scale: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n i"]) -> Float[Array, "b n i"]:
+        q, k, v = (
+            HeadProjection(self.heads, x.shape[-1] // self.heads, self.dtype, name=name)(x)
+            for name in ("query", "key", "value")
+        )
+        if self.qk_norm:
+            q, k = (RMSNorm(axes.HEAD_DIM, name=f"{n}_norm")(y) for n, y in (("query", q), ("key", k)))
+        out = attend(q, k, v) if self.block is None else multi_axis_attend(q, k, v, self.grid, self.block)
+        return OutProjection(x.shape[-1], self.out_scale, self.dtype, name="out")(out)
+
+
+class CrossAttention(nn.Module):
+    """Attention to keys and values that were computed before."""
+
+    heads: int
+    qk_norm: bool = False
+    out_scale: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n i"],
+        keys: Float[Array, "b m h d"],
+        values: Float[Array, "b m h d"],
+        mask: Bool[Array, "b m"],
+    ) -> Float[Array, "b n i"]:
+        q = HeadProjection(self.heads, x.shape[-1] // self.heads, self.dtype, name="query")(x)
+        if self.qk_norm:
+            q = RMSNorm(axes.HEAD_DIM, name="query_norm")(q)
+        return OutProjection(x.shape[-1], self.out_scale, self.dtype, name="out")(attend(q, keys, values, mask))
+
+
+class MLP(nn.Module):
+    """Two dense layers with GELU between."""
+
+    width: int
+    out_scale: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b i"]:
+        hidden = Dense(self.width, (axes.EMBED, axes.MLP), dtype=self.dtype, name="in")(x)
+        hidden = nn.gelu(hidden)
+        return Dense(x.shape[-1], (axes.MLP, axes.EMBED), scale=self.out_scale, dtype=self.dtype, name="out")(hidden)

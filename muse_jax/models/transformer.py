@@ -1,0 +1,137 @@
+"""Stacks of transformer layers: parameters stacked along a first axis, applied by one scan."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from muse_jax.models import axes, layers
+
+
+class Memory(NamedTuple):
+    """What cross-attention attends to: keys and values of every layer, computed once.
+
+    keys, values: ``[layers, b, m, heads, head_dim]``; mask: ``[b, m]``, True where there is something.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    mask: jax.Array
+
+
+class MemoryProjection(nn.Module):
+    """Keys and values of all layers from one sequence of embeddings, in one product each."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    qk_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b m i"], mask: Bool[Array, "b m"]) -> Memory:
+        names = (axes.LAYERS, axes.EMBED, axes.HEADS, axes.HEAD_DIM)
+        shape = (self.layers, x.shape[-1], self.heads, self.head_dim)
+        projected = []
+        for name in ("key", "value"):
+            # fan-in is the embedding axis: the stack is a batch of kernels
+            init = nn.initializers.variance_scaling(
+                1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=(2, 3), batch_axis=(0,)
+            )
+            kernel = self.param(name, nn.with_logical_partitioning(init, names), shape).astype(self.dtype)
+            projected.append(jnp.einsum("bmi,lihd->lbmhd", x.astype(self.dtype), kernel))
+        keys, values = projected
+        if self.qk_norm:
+            keys = layers.RMSNorm(axes.HEAD_DIM, name="key_norm")(keys)
+        return Memory(keys, values, mask)
+
+
+class Layer(nn.Module):
+    """Pre-norm layer: self-attention, cross-attention when there is a memory, MLP."""
+
+    heads: int
+    mlp_width: int
+    depth: int  # of the stack; residual branches start at 1 / sqrt(their number)
+    cross: bool
+    grid: tuple[int, int] | None = None
+    block: tuple[int, int] | None = None
+    dropout: float = 0.0
+    qk_norm: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n i"], keys: Any, values: Any, mask: Any, deterministic: bool
+    ) -> tuple[Float[Array, "b n i"], None]:
+        scale = 1.0 / ((2 + self.cross) * self.depth)
+        x = nn.with_logical_constraint(x, (axes.BATCH, axes.TOKENS, axes.EMBED))
+
+        def residual(y):
+            return nn.Dropout(self.dropout, broadcast_dims=(1,))(y, deterministic) if self.dropout else y
+
+        attention = layers.SelfAttention(
+            self.heads, self.grid, self.block, self.qk_norm, scale, self.dtype, name="self_attention"
+        )
+        x = x + residual(attention(layers.RMSNorm(name="self_norm")(x)))
+        if self.cross:
+            attention = layers.CrossAttention(self.heads, self.qk_norm, scale, self.dtype, name="cross_attention")
+            x = x + residual(attention(layers.RMSNorm(name="cross_norm")(x), keys, values, mask))
+        mlp = layers.MLP(self.mlp_width, scale, self.dtype, name="mlp")
+        return x + residual(mlp(layers.RMSNorm(name="mlp_norm")(x))), None
+
+
+class Stack(nn.Module):
+    """`depth` layers scanned; `memory` gives each its keys and values."""
+
+    depth: int
+    heads: int
+    mlp_width: int
+    grid: tuple[int, int] | None = None
+    block: tuple[int, int] | None = None
+    dropout: float = 0.0
+    qk_norm: bool = False
+    remat: str = "none"
+    unroll: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n i"], memory: Memory | None = None, deterministic: bool = True
+    ) -> Float[Array, "b n i"]:
+        layer = rematerialized(Layer, self.remat, static_argnums=(5,))
+        scanned = nn.scan(
+            layer,
+            length=self.depth,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+        )(
+            heads=self.heads,
+            mlp_width=self.mlp_width,
+            depth=self.depth,
+            cross=memory is not None,
+            grid=self.grid,
+            block=self.block,
+            dropout=self.dropout,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+            name="layers",
+        )
+        keys, values, mask = memory if memory is not None else (None, None, None)
+        return scanned(x, keys, values, mask, deterministic)[0]
+
+
+def rematerialized(module: type[nn.Module], policy: str, static_argnums: tuple[int, ...]) -> type[nn.Module]:
+    """The module under `jax.checkpoint`: "none" not at all, "full" everything again, else a named policy."""
+    if policy == "none":
+        return module
+    if policy == "full":
+        return nn.remat(module, prevent_cse=False, static_argnums=static_argnums)
+    if not hasattr(jax.checkpoint_policies, policy):
+        raise ValueError(f"model.remat is {policy!r}; expected 'none', 'full' or a name in jax.checkpoint_policies.")
+    named = getattr(jax.checkpoint_policies, policy)
+    return nn.remat(module, policy=named, prevent_cse=False, static_argnums=static_argnums)
