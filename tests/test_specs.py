@@ -1,0 +1,154 @@
+"""Wrong configs fail before anything compiles, and say how to mend them."""
+
+import copy
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from muse_jax import specs
+
+TEXT = {
+    "vocabulary_size": 50,
+    "layers": 1,
+    "width": 16,
+    "heads": 2,
+    "head_dim": 8,
+    "mlp_width": 32,
+}
+REST = {
+    "seed": 3,
+    "data": {"name": "scenes", "image_size": 32, "text_length": 12, "vocabulary": "scenes"},
+    "optimizer": {"learning_rate": 1e-3, "overrides": {"discriminator": {"learning_rate": 1e-4}}},
+    "mesh": {},
+    "rules": {"batch": ["data", "fsdp"], "mlp": "tensor", "embed": None},
+    "train": {"steps": 10, "batch_size": 8},
+    "checkpoint": {},
+    "sample": {},
+}
+TOKENIZER = {
+    **REST,
+    "task": {"name": "tokenizer"},
+    "model": {
+        "name": "vqgan",
+        "codebook_size": 64,
+        "code_dim": 8,
+        "channels": 32,
+        "channel_multipliers": [1, 2, 2],
+        "res_blocks": 1,
+    },
+}
+BASE = {
+    **REST,
+    "task": {"name": "tokens", "tokenizer": "somewhere"},
+    "model": {
+        "name": "base",
+        "codebook_size": 64,
+        "grid": [8, 8],
+        "layers": 2,
+        "width": 32,
+        "heads": 2,
+        "mlp_width": 64,
+        "text": TEXT,
+    },
+}
+SUPERRES = {
+    **REST,
+    "task": {"name": "tokens", "tokenizer": "high", "low_tokenizer": "low"},
+    "model": {
+        "name": "superres",
+        "codebook_size": 64,
+        "grid": [16, 16],
+        "low_codebook_size": 64,
+        "low_grid": [8, 8],
+        "low_layers": 1,
+        "layers": 2,
+        "width": 32,
+        "heads": 2,
+        "mlp_width": 64,
+        "block": [4, 4],
+        "text": TEXT,
+    },
+}
+
+
+def _changed(config, path, value):
+    config = copy.deepcopy(config)
+    *sections, key = path.split(".")
+    section = config
+    for name in sections:
+        section = section[name]
+    section[key] = value
+    return config
+
+
+@pytest.mark.parametrize("config", [TOKENIZER, BASE, SUPERRES], ids=["tokenizer", "base", "superres"])
+def test_round_trip_through_json(config):
+    spec = specs.from_config(ConfigDict(config))
+    assert specs.from_config(json.loads(json.dumps(specs.to_config(spec)))) == spec
+    assert specs.from_config(config) == spec, "a plain dict and a ConfigDict are read alike"
+    assert hash(spec.model), "specs of models are static arguments of jitted functions"
+
+
+def test_values_arrive():
+    spec = specs.from_config(ConfigDict(BASE))
+    assert spec.model.grid == (8, 8)
+    assert spec.rules == {"batch": ("data", "fsdp"), "mlp": "tensor", "embed": None}
+    assert spec.optimizer.overrides == {"discriminator": {"learning_rate": 1e-4}}
+    assert spec.seed == 3
+    assert specs.from_config(ConfigDict(TOKENIZER)).model.factor == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "value", "words"),
+    [
+        (BASE, "train.stepz", 5, ["train.stepz", "'steps'"]),
+        (BASE, "optimiser", {}, ["config.optimiser", "'optimizer'"]),
+        (BASE, "model.text.with", 5, ["model.text.with", "'width'"]),
+        (BASE, "train.steps", "many", ["train.steps", "'many'", "int"]),
+        (BASE, "train.steps", True, ["train.steps", "bool", "int"]),
+        (BASE, "train.steps", 1.5, ["train.steps", "float", "int"]),
+        (BASE, "model.grid", [8], ["model.grid", "expected 2"]),
+        (BASE, "model.grid", 8, ["model.grid", "sequence"]),
+        (BASE, "model.grid", [8, "8"], ["model.grid[1]", "str"]),
+        (BASE, "train", 7, ["train", "section"]),
+        (BASE, "model.name", "bse", ["model.name", "'bse'", "'base'"]),
+        (BASE, "task.name", "token", ["task.name", "'tokens'"]),
+        (BASE, "train.batch_size", 0, ["train.batch_size", "at least 1"]),
+        (BASE, "checkpoint.keep", 0, ["checkpoint.keep", "at least 1"]),
+        (BASE, "optimizer.accumulate", 3, ["train.batch_size 8", "optimizer.accumulate 3"]),
+        (BASE, "optimizer.name", "sgd", ["optimizer.name", "'adafactor'"]),
+        (BASE, "data.name", "cats", ["data.name", "'folder'"]),
+        (BASE, "rules.mlp", "model", ["rules", "'model'", "'tensor'"]),
+        (BASE, "model.heads", 3, ["model.width 32", "model.heads 3"]),
+        (BASE, "data.text_length", 0, ["data.text_length"]),
+        (BASE, "task.tokenizer", "", ["task.tokenizer", "--config.task.tokenizer"]),
+        (BASE, "model.text.trainable", False, ["model.text.weights"]),
+        (BASE, "task", {"name": "tokenizer"}, ["task.name 'tokens'"]),
+        (SUPERRES, "task.low_tokenizer", "", ["task.low_tokenizer"]),
+        (SUPERRES, "model.heads", 1, ["model.heads 1"]),
+        (SUPERRES, "model.block", [3, 4], ["model.block (3, 4)", "model.grid"]),
+        (TOKENIZER, "data.image_size", 30, ["data.image_size 30", "factor 4"]),
+        (TOKENIZER, "task", {"name": "tokens", "tokenizer": "x"}, ["task.name 'tokenizer'"]),
+        (TOKENIZER, "task.trainable", "encoder", ["task.trainable", "'decoder'"]),
+        (TOKENIZER, "task.trainable", "decoder", ["task.init_from"]),
+        (TOKENIZER, "task.perceptual", 0.1, ["task.perceptual_weights", "task.perceptual=0"]),
+    ],
+)
+def test_a_wrong_config_names_the_mend(config, path, value, words):
+    specs.from_config(ConfigDict(config))
+    with pytest.raises(specs.SpecError) as error:
+        specs.from_config(ConfigDict(_changed(config, path, value)))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_missing_keys_are_named():
+    config = copy.deepcopy(BASE)
+    del config["model"]["width"], config["model"]["heads"]
+    with pytest.raises(specs.SpecError, match="model lacks width, heads"):
+        specs.from_config(ConfigDict(config))
+    config = copy.deepcopy(BASE)
+    del config["model"]
+    with pytest.raises(specs.SpecError, match=r"model\.name is None"):
+        specs.from_config(ConfigDict(config))
