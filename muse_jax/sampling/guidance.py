@@ -1,0 +1,79 @@
+"""Classifier-free guidance (Muse section 2.7): logits = u + s (c - u), where s = 1 is off.
+
+Muse writes (1 + t) c - t u; its t is s - 1. A negative prompt takes the unconditional branch's place.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Predict = Callable[[Int[Array, "b n"]], Float[Array, "b n v"]]
+GuidedPredict = Callable[[Int[Array, "b n"], Any], Float[Array, "b n v"]]  # also takes the sampler's `Step`
+
+
+def constant_ramp(t: np.ndarray) -> np.ndarray:
+    """The whole scale at every step."""
+    return np.ones_like(t)
+
+
+def linear_ramp(t: np.ndarray) -> np.ndarray:
+    """From no guidance at the first step to the whole scale at the last (Muse section 2.7)."""
+    return t
+
+
+RAMPS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {"linear": linear_ramp, "constant": constant_ramp}
+
+
+def scales(ramp: str, steps: int, guidance_scale: float | np.ndarray) -> np.ndarray:
+    """The guidance scale at every step.
+
+    Args:
+      ramp: a name in `RAMPS`: the share of (guidance_scale - 1) that is reached at time t in [0, 1].
+      steps: decoding steps; a single one has the whole scale.
+      guidance_scale: s, one number or one an example [b].
+
+    Returns:
+      float32 [steps] or [steps, b].
+
+    Raises:
+      ValueError: for an unknown ramp.
+
+    >>> scales("linear", 5, 3.0).tolist()
+    [1.0, 1.5, 2.0, 2.5, 3.0]
+    """
+    if ramp not in RAMPS:
+        raise ValueError(f"guidance_ramp is {ramp!r}; expected one of {', '.join(map(repr, RAMPS))}.")
+    t = np.linspace(0.0, 1.0, steps) if steps > 1 else np.ones(1)
+    scale = np.asarray(guidance_scale, np.float64)
+    return (1 + np.multiply.outer(RAMPS[ramp](t), scale - 1)).astype(np.float32)
+
+
+def guide(conditional: Float[Array, "*any"], unconditional: Float[Array, "*any"], scale: Any) -> Float[Array, "*any"]:
+    """u + s (c - u).
+
+    >>> float(guide(jnp.float32(3.0), jnp.float32(1.0), 2.0))
+    5.0
+    """
+    return unconditional + scale * (conditional - unconditional)
+
+
+def unguided(predict: Predict) -> GuidedPredict:
+    """A predictor for the sampler that uses one branch only."""
+    return lambda tokens, step: predict(tokens)
+
+
+def guided(predict_both: Predict) -> GuidedPredict:
+    """Guided logits from one call on a batch of 2b: conditional first, then unconditional.
+
+    One call instead of two reads the weights once a step, and the products have twice the rows.
+    """
+
+    def predict(tokens: Int[Array, "b n"], step: Any) -> Float[Array, "b n v"]:
+        conditional, unconditional = jnp.split(predict_both(jnp.concatenate([tokens, tokens])), 2)
+        scale = jnp.reshape(step.guidance, (-1, 1, 1))  # one for all, or one an example
+        return guide(conditional, unconditional, scale)
+
+    return predict
