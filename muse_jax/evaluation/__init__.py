@@ -1,0 +1,1 @@
+"""What a picture shows and how well it was reconstructed, measured."""
