@@ -3,6 +3,7 @@
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -72,7 +73,7 @@ def cover_masked(picture: Image, masked: np.ndarray) -> Image:
     return np.where(places[..., None], board[..., None], picture)
 
 
-def curves(path: str | pathlib.Path, records: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+def curves(path: str | pathlib.Path, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Writes the training and held-out loss of every stage over its steps.
 
     Args:
