@@ -1,0 +1,219 @@
+"""Checkpoints of a run: Orbax items params, ema, optimizer and meta, saved separately under checkpoints/STEP.
+
+A checkpoint is trusted when the leaves' fingerprints, stored in its meta, are those of what was
+read. One that isn't is renamed to corrupt-STEP and the one before is used; a run whose checkpoints
+are all damaged stops, it never starts again at step 0 by itself.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from muse_jax.training import trees
+from muse_jax.training.reading import (
+    FORMAT,
+    CheckpointError,
+    Damaged,
+    brief,
+    difference,
+    read_arrays,
+    read_meta,
+    sealed,
+    steps_in,
+)
+from muse_jax.training.stage import Stage, StageError, load_stage, save_stage
+
+__all__ = ["CheckpointError", "Checkpoints", "Stage", "StageError", "load_stage", "read_meta", "save_stage"]
+
+ITEMS = ("params", "ema", "optimizer", "meta")
+TRASH = ".todelete"  # what is deleted is renamed into this first: half a deletion must not look like a step
+MOST_FAILURES = 3  # saves that may fail one after the other
+
+
+class Checkpoints:
+    """The checkpoints of one run, which holds the workdir's lock."""
+
+    def __init__(self, workdir: Any, keep: int):
+        self.folder = epath.Path(workdir) / "checkpoints"
+        self.keep = keep
+        self.failures = 0
+        self._saving: int | None = None
+        self._probe()
+        self._purge()
+        self._manager = self._open()
+
+    def _probe(self) -> None:
+        """Fails now, and not at the first checkpoint, where nothing can be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / ".probe"
+            probe.write_text("probe")
+            probe.rename(self.folder / ".probe-renamed").unlink()
+        except OSError as error:
+            raise CheckpointError(f"can't write checkpoints to {self.folder} ({error}); choose another --workdir.") from error
+
+    def _purge(self) -> None:
+        if (self.folder / TRASH).exists():
+            (self.folder / TRASH).rmtree(missing_ok=True)
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep,
+            cleanup_tmp_directories=True,  # of a run that was killed; we hold the lock
+            todelete_subdir=TRASH,
+            enable_async_checkpointing=True,
+            should_save_fn=lambda *_: True,
+        )
+        return ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+
+    def save(self, step: int, items: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
+        """Starts to save {item: {leaf's name: array}}; the arrays must stay as they are until it is done.
+
+        A save that fails is logged, tidied away and counted; training goes on, and `due_again` says
+        that it should be tried again soon.
+
+        Raises:
+          CheckpointError: after `MOST_FAILURES` failed saves one after the other.
+        """
+        self.finish()
+        prints = {item: trees.fingerprints(leaves) for item, leaves in items.items()}
+        described = {
+            item: {n: (*shape_dtype, prints[item][n]) for n, shape_dtype in trees.describe(dict(leaves)).items()}
+            for item, leaves in items.items()
+        }
+        meta = sealed({"format": FORMAT, "step": step, **meta, "leaves": json.loads(json.dumps(described))})
+        args = {item: ocp.args.StandardSave(trees.nest(leaves)) for item, leaves in items.items()}
+        self._saving = step
+        try:
+            self._check_space(items)
+            self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True)
+        except Exception as error:
+            self._failed(error)
+
+    def _check_space(self, items: Mapping[str, Mapping[str, Any]]) -> None:
+        size = sum(leaf.nbytes for leaves in items.values() for leaf in leaves.values())
+        try:
+            free = shutil.disk_usage(self.folder).free
+        except OSError:  # gs://
+            return
+        if free < 1.1 * size:
+            raise OSError(f"a checkpoint takes up to {size / 2**20:.0f} MiB, but {free / 2**20:.0f} MiB are free")
+
+    def poll(self) -> None:
+        """Notices a save that has ended, well or not; returns at once."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.finish()
+
+    def finish(self) -> bool:
+        """Waits for the save that is under way. Returns whether the last one went well."""
+        if self._saving is None:
+            return self.failures == 0
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            self._failed(error)
+            return False
+        if self._saving not in steps_in(self.folder):
+            self._failed(CheckpointError("it isn't there"))
+            return False
+        self._saving, self.failures = None, 0
+        self._purge()
+        return True
+
+    @property
+    def due_again(self) -> bool:
+        """Whether the last save failed."""
+        return self.failures > 0 and self._saving is None
+
+    def _failed(self, error: Exception) -> None:
+        step, self._saving = self._saving, None
+        self.failures += 1
+        try:
+            self._manager.close()
+        except Exception as closing:
+            logging.info("closing the checkpoint manager: %s", brief(closing))
+        for partial in self.folder.glob(f"{step}.*"):
+            partial.rmtree(missing_ok=True)
+        if self.failures >= MOST_FAILURES:
+            raise CheckpointError(
+                f"saving a checkpoint to {self.folder} failed {self.failures} times, now at step {step}: "
+                f"{brief(error)}. Older checkpoints are intact: {steps_in(self.folder)}."
+            ) from error
+        logging.warning("saving the checkpoint of step %s failed, training goes on: %s", step, brief(error))
+        self._manager = self._open()
+
+    def restore(self, wanted: Mapping[str, Mapping[str, Any]], check: Any) -> tuple[dict, dict] | None:
+        """The newest checkpoint that is whole, or None where there has never been one.
+
+        Args:
+          wanted: {item: {leaf's name: ShapeDtypeStruct with sharding}}.
+          check: called with each meta before its arrays are read; raises to refuse it.
+
+        Returns:
+          ({item: {leaf's name: array}}, meta).
+
+        Raises:
+          CheckpointError: if none is whole, or the newest holds other parameters than are wanted.
+        """
+        for step in reversed(steps_in(self.folder)):
+            try:
+                return self._restore(self.folder / str(step), wanted, check)
+            except Damaged as error:
+                self._set_aside(step, error)
+        aside = sorted(p.name for p in self.folder.glob("corrupt-*"))
+        if aside:
+            raise CheckpointError(
+                f"no whole checkpoint is left in {self.folder}; set aside as damaged: {', '.join(aside)}. "
+                "Bring one back from a copy, or start again in another --workdir."
+            )
+        return None
+
+    def _restore(self, folder: epath.Path, wanted: Mapping[str, Mapping[str, Any]], check: Any) -> tuple[dict, dict]:
+        meta = read_meta(folder)
+        check(meta)
+        for item, leaves in wanted.items():
+            ours = trees.describe(dict(leaves))
+            stored = {n: (shape, dtype) for n, (shape, dtype, _) in meta["leaves"].get(item, {}).items()}
+            if ours != stored:
+                raise CheckpointError(
+                    f"{folder}: {item} isn't what this version of the code makes of the config: "
+                    f"{difference(stored, ours)}."
+                )
+        restored = {}
+        for item, leaves in wanted.items():
+            found = read_arrays(folder, item, leaves, meta["leaves"][item])
+            restored[item], prints = _settled(found)
+            for name, value in prints.items():
+                if value != meta["leaves"][item][name][2]:
+                    raise Damaged(f"{item}/{name} isn't what was saved")
+        return restored, meta
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        name = f"corrupt-{step}"
+        tries = 1
+        while (self.folder / name).exists():
+            tries += 1
+            name = f"corrupt-{step}-{tries}"
+        (self.folder / str(step)).rename(self.folder / name)
+        self._manager.reload()
+        logging.error("the checkpoint of step %d is damaged (%s); set aside as %s", step, error, self.folder / name)
+
+    def close(self) -> None:
+        """Waits for what is being saved; errors are raised."""
+        self.finish()
+        self._manager.close()
+
+
+def _settled(leaves: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, int]]:
+    """Copies in memory that a step may be donated, which that of arrays made by Orbax may not be; fingerprints."""
+    shards = {name: leaf.sharding for name, leaf in leaves.items()}
+    copies = jax.jit(lambda leaves: {n: jnp.copy(x) for n, x in leaves.items()}, out_shardings=shards)(leaves)
+    return copies, trees.fingerprints(copies)

@@ -1,0 +1,135 @@
+"""Reading a checkpoint's files: what is compared before and after, by runs and by those that load a stage."""
+
+import json
+import re
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from muse_jax.training import trees
+
+FORMAT = 1
+# What says nothing about the checkpoint itself, and must not set a good one aside.
+OURS = (PermissionError, MemoryError, KeyboardInterrupt)
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint could be written, or none of those that are there can be used."""
+
+
+class Damaged(Exception):
+    """A checkpoint whose content isn't what was saved."""
+
+
+def steps_in(folder: epath.Path) -> list[int]:
+    """The steps that have a checkpoint, whole or not, oldest first."""
+    if not folder.exists():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r"\d+", p.name))
+
+
+def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The meta with a checksum of itself."""
+    return {**meta, "checksum": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
+
+
+def read_meta(folder: epath.Path) -> dict[str, Any]:
+    """The meta of checkpoints/STEP.
+
+    Raises:
+      Damaged: if it can't be read, or isn't what was written.
+      CheckpointError: if another version of muse_jax wrote it in another format.
+    """
+    try:
+        meta = json.loads((folder / "meta" / "metadata").read_text())
+        checksum = meta.pop("checksum")
+    except OURS:
+        raise
+    except Exception as error:
+        raise Damaged(f"its meta can't be read ({brief(error)})") from error
+    if sealed(meta)["checksum"] != checksum:
+        raise Damaged("its meta isn't what was written")
+    if meta["format"] != FORMAT:
+        raise CheckpointError(f"{folder} has format {meta['format']}; this version of muse_jax reads {FORMAT}.")
+    return meta
+
+
+def check_structure(folder: epath.Path, name: str, stored: Mapping[str, Any]) -> None:
+    """Compares an item's keys, shapes and dtypes with those in the meta before anything is read.
+
+    Orbax by itself restores a part, or casts, without a word.
+    """
+    metadata = ocp.StandardCheckpointHandler().metadata(folder / name)
+    metadata = getattr(metadata, "tree", metadata)
+    found = {n: (list(m.shape), np.dtype(m.dtype).name) for n, m in trees.named_leaves(metadata).items()}
+    wanted = {n: (list(shape), dtype) for n, (shape, dtype, _) in stored.items()}
+    if found != wanted:
+        raise Damaged(f"{name} isn't what its meta says: {difference(found, wanted)}")
+
+
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first leaves that differ, in words."""
+    lines = [f"{n} is missing" for n in wanted if n not in found]
+    lines += [f"{n} was not expected" for n in found if n not in wanted]
+    lines += [f"{n} is {found[n]}, expected {wanted[n]}" for n in wanted if n in found and found[n] != wanted[n]]
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return "; ".join(lines[:3]) + more
+
+
+def brief(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
+
+
+def read_arrays(folder: epath.Path, item: str, leaves: Mapping[str, jax.ShapeDtypeStruct], stored: Any) -> dict:
+    """{name: jax.Array} of an item of checkpoints/STEP, in the shardings of `leaves`.
+
+    Raises:
+      Damaged: if an array can't be read. Fingerprints are for the caller to compare.
+    """
+
+    def read() -> dict:
+        check_structure(folder, item, stored)
+        arguments = ocp.args.StandardRestore(trees.nest(leaves))
+        return trees.named_leaves(ocp.StandardCheckpointHandler().restore(folder / item, args=arguments))
+
+    return attempt(read, item)
+
+
+def read_numpy(folder: epath.Path, item: str, stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """{name: array} of an item of checkpoints/STEP on the host, with its fingerprints verified.
+
+    Raises:
+      Damaged: if an array can't be read or isn't what was saved.
+    """
+
+    def read() -> dict:
+        check_structure(folder, item, stored)
+        arguments = trees.nest({name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored})
+        handler = ocp.PyTreeCheckpointHandler()
+        return trees.named_leaves(handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=arguments)))
+
+    found = {name: np.asarray(leaf) for name, leaf in attempt(read, item).items()}
+    for name, leaf in found.items():
+        if trees.fingerprint_numpy(leaf) != stored[name][2]:
+            raise Damaged(f"{item}/{name} isn't what was saved")
+    return found
+
+
+def attempt(read: Callable[[], Any], item: str) -> Any:
+    """Calls `read`, twice if need be: a read that fails once may have been the network's fault."""
+    for last in (False, True):
+        try:
+            return read()
+        except (Damaged, *OURS):
+            raise
+        except Exception as error:
+            if last:
+                raise Damaged(f"{item} can't be read ({brief(error)})") from error
+            time.sleep(0.1)

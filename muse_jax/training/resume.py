@@ -1,0 +1,144 @@
+"""Whether a run may go on in a workdir: the lock, and what a config may change.
+
+Keys of a config are of three kinds:
+
+  identity: what is trained, on what, how. A change is refused.
+  length: `train.steps`. More steps are allowed; the schedule then stretches from here on, so the
+    result isn't that of a run that was started with as many (unless the schedule is constant), and a
+    warning says so. Fewer are refused, as the learning rates so far were those of the longer run;
+    with a constant schedule they are allowed, down to the steps done.
+  free: where things lie, how often something is logged, evaluated, saved or drawn, the mesh and what
+    else changes where numbers are computed but not which. Paths of data, tokenizers and weights are
+    free because their contents are compared instead: fingerprints of the data and of every frozen
+    parameter are in the checkpoint.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from absl import logging
+
+FREE = (
+    "mesh",
+    "rules",
+    "checkpoint",
+    "sample",
+    "data.path",
+    "data.workers",
+    "data.prefetch",
+    "data.eval_split",
+    "task.tokenizer",
+    "task.low_tokenizer",
+    "task.init_from",
+    "task.perceptual_weights",
+    "model.text.weights",
+    "model.remat",
+    "model.unroll",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.sample_every",
+    "train.stop_after_nonfinite",
+)
+LENGTH = "train.steps"
+
+
+class ResumeError(ValueError):
+    """This run would train something else than the one in the workdir, or that one still runs."""
+
+
+@contextlib.contextmanager
+def lock(workdir: Any) -> Iterator[None]:
+    """Holds the workdir for this process; the lock dies with it, however it dies.
+
+    Raises:
+      ResumeError: naming the host and process that hold it.
+    """
+    if "://" in os.fspath(workdir):  # no flock in object stores
+        yield
+        return
+    import fcntl
+
+    path = pathlib.Path(workdir) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ResumeError(f"can't write to {workdir} ({error}); choose another --workdir.") from error
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResumeError(
+                f"another run is at work in {workdir}: {_holder(path)}. Stop it, or choose another --workdir."
+            ) from error
+        os.ftruncate(file, 0)
+        os.write(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+        yield
+    finally:
+        os.close(file)
+
+
+def _holder(path: pathlib.Path) -> str:
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it has not said which process it is"
+
+
+def check_config(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> None:
+    """Raises ResumeError, naming the keys, if `new` would not go on with what `old` has trained for `step` steps."""
+    changes = {key: change for key, change in _changes(old, new).items() if not _free(key)}
+    length = changes.pop(LENGTH, None)
+    if changes:
+        lines = "; ".join(f"{key} was {before!r} and is now {after!r}" for key, (before, after) in changes.items())
+        raise ResumeError(
+            f"the run in this workdir, at step {step}, trains something else: {lines}. "
+            "Change it back to go on, or choose another --workdir."
+        )
+    if length is None:
+        return
+    before, after = length
+    constant = new["optimizer"]["schedule"] == "constant"
+    if after < step or (after < before and not constant):
+        raise ResumeError(
+            f"{LENGTH} was {before} and is now {after}, but {step} steps are done with the learning rates of {before}. "
+            f"Change it back to go on, or choose another --workdir."
+        )
+    if not constant:
+        logging.warning(
+            "train.steps was %d and is now %d: from step %d on the learning rate follows the longer schedule. "
+            "The result is not that of a run with %d steps from the start.", before, after, step, after
+        )  # fmt: skip
+
+
+def check_fingerprints(what: str, old: Any, new: Any, hint: str) -> None:
+    """Raises ResumeError if what the run reads isn't what it read so far."""
+    if old == new:
+        return
+    names = ""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        changed = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        names = f" ({changed[0]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''})"
+    raise ResumeError(f"{what}{names} changed since this run was started; {hint}, or choose another --workdir.")
+
+
+def _free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _changes(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """{key: (old, new)} of the leaves that differ. A key that one of them lacks is None there."""
+    if isinstance(old, Mapping) or isinstance(new, Mapping):
+        old, new = (tree if isinstance(tree, Mapping) else {} for tree in (old, new))
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in [*old, *(k for k in new if k not in old)]:
+            found |= _changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    return {} if old == new else {path: (old, new)}

@@ -1,0 +1,175 @@
+"""Stage folders: trained parameters that another command can load.
+
+A stage folder is either the workdir of a run, of which the newest whole checkpoint is read (its EMA
+if it has one), or a folder with `config.json`, `params.safetensors` and, for models that read text,
+`vocabulary.json`.
+"""
+
+import dataclasses
+import importlib.resources
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from muse_jax import specs
+from muse_jax.training import trees
+
+CONFIG, PARAMS, VOCABULARY = "config.json", "params.safetensors", "vocabulary.json"
+PACKAGED = "pretrained:"
+
+
+class StageError(ValueError):
+    """A folder that is no stage, or a damaged one; the message says what is wrong with which file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A loaded stage.
+
+    Attributes:
+      spec: of the run that trained it.
+      params: nested dict of NumPy arrays.
+      vocabulary: what `vocabulary.json` holds, or None.
+      path: the folder.
+      step: at which the parameters were saved.
+    """
+
+    spec: specs.Spec
+    params: Any
+    vocabulary: dict[str, Any] | None
+    path: str
+    step: int
+
+
+def load_stage(path: Any) -> Stage:
+    """Loads a stage folder, a run's workdir, or "pretrained:NAME", a stage of the packaged pipeline.
+
+    Raises:
+      StageError: if the folder isn't there, isn't a stage, or is damaged.
+    """
+    name = os.fspath(path) if not isinstance(path, str) else path
+    folder = _packaged(name.removeprefix(PACKAGED)) if name.startswith(PACKAGED) else epath.Path(name)
+    if not folder.exists():
+        raise StageError(f"there is no folder {name}; train this stage first, or name the folder that holds it.")
+    spec = _read_spec(folder)
+    vocabulary = _read_json(folder / VOCABULARY) if (folder / VOCABULARY).exists() else None
+    if (folder / PARAMS).exists():
+        params, step = _read_safetensors(folder / PARAMS)
+    elif (folder / "checkpoints").exists():
+        params, step = _newest(folder / "checkpoints")
+    else:
+        raise StageError(f"{name} has neither {PARAMS} nor checkpoints; its training has not saved anything yet.")
+    return Stage(spec, trees.nest(params), vocabulary, name, step)
+
+
+def save_stage(
+    folder: Any, spec: specs.Spec, params: Any, vocabulary: Mapping[str, Any] | None = None, step: int = 0
+) -> None:
+    """Writes a stage folder, whole or not at all; one that is there is replaced.
+
+    Args:
+      folder: its parent is made if need be.
+      spec: of the run that trained it.
+      params: nested dict of arrays.
+      vocabulary: what the text vocabulary's `to_json` gave, for models that read text.
+      step: at which the parameters were saved.
+    """
+    from safetensors import numpy as safetensors
+
+    folder = pathlib.Path(folder)
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        arrays = {name: np.ascontiguousarray(leaf) for name, leaf in trees.named_leaves(params).items()}
+        prints = {name: trees.fingerprint_numpy(leaf) for name, leaf in arrays.items()}
+        safetensors.save_file(
+            arrays, draft / PARAMS, metadata={"fingerprints": json.dumps(prints), "step": str(int(step))}
+        )
+        write_json(draft / CONFIG, specs.to_config(spec))
+        if vocabulary is not None:
+            write_json(draft / VOCABULARY, vocabulary)
+        previous = folder.with_name(f".{folder.name}.{os.getpid()}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        if folder.exists():
+            folder.rename(previous)
+        draft.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_json(path: Any, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    path = epath.Path(path)
+    draft = path.parent / f".{path.name}.draft"
+    draft.write_text(json.dumps(value, indent=1) + "\n")
+    draft.replace(path)
+
+
+def _packaged(stage: str) -> epath.Path:
+    folder = epath.Path(str(importlib.resources.files("muse_jax"))) / "pretrained"
+    if not (folder / "pipeline.json").exists():
+        raise StageError(f"{PACKAGED}{stage}: no pipeline is packaged in {folder}; name a stage folder of your own.")
+    stages = _read_json(folder / "pipeline.json")["stages"]
+    if stage not in stages:
+        raise StageError(f"{PACKAGED}{stage}: the packaged pipeline has the stages {', '.join(sorted(stages))}.")
+    return folder / stages[stage]
+
+
+def _read_json(path: epath.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise StageError(f"{path} is missing; {path.parent} is no stage folder.") from error
+    except ValueError as error:
+        raise StageError(f"{path} is damaged: {error}.") from error
+
+
+def _read_spec(folder: epath.Path) -> specs.Spec:
+    config = _read_json(folder / CONFIG)
+    try:
+        return specs.from_config(config)
+    except specs.SpecError as error:
+        raise StageError(f"{folder / CONFIG} doesn't fit this version of muse_jax: {error}") from error
+
+
+def _read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], int]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        prints = json.loads(metadata.get("fingerprints", "{}"))
+        step = int(metadata.get("step", "0"))
+    except Exception as error:
+        raise StageError(f"{path} is damaged or no safetensors file: {error}.") from error
+    if prints and set(prints) != set(arrays):
+        raise StageError(f"{path} is damaged: it doesn't hold the arrays that were saved.")
+    for name, value in prints.items():
+        if trees.fingerprint_numpy(arrays[name]) != value:
+            raise StageError(f"{path} is damaged: {name} isn't what was saved.")
+    return arrays, step
+
+
+def _newest(folder: epath.Path) -> tuple[dict[str, np.ndarray], int]:
+    """Parameters of the newest whole checkpoint; what is damaged is passed over, and left to its run."""
+    # Orbax takes a while to import and packaged stages don't need it.
+    from muse_jax.training import reading
+
+    for step in reversed(reading.steps_in(folder)):
+        try:
+            meta = reading.read_meta(folder / str(step))
+            item = "ema" if "ema" in meta["leaves"] else "params"
+            return reading.read_numpy(folder / str(step), item, meta["leaves"][item]), step
+        except reading.Damaged as error:
+            logging.warning("the checkpoint %s is damaged (%s); trying the one before", folder / str(step), error)
+    raise StageError(f"{folder} holds no whole checkpoint; train this stage first, or for longer.")

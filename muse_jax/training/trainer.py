@@ -1,0 +1,388 @@
+"""The loop that trains any task.
+
+Order of a step, on which exact resuming rests: the device starts step n; meanwhile the host reads and
+writes the metrics of step n - 1; then, where it is time, metrics are logged, a checkpoint is saved, the
+held-out batches are evaluated and samples drawn. Nothing after the step itself changes the state.
+"""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from muse_jax import specs
+from muse_jax.training import feed as feeds
+from muse_jax.training import logs as logging
+from muse_jax.training import reading, resume, sharding, signals, trees
+from muse_jax.training import step as steps
+from muse_jax.training.checkpoint import Checkpoints
+from muse_jax.training.stage import CONFIG, VOCABULARY, write_json
+
+Batches = Iterable[Mapping[str, np.ndarray]]
+
+
+class NonFiniteError(RuntimeError):
+    """Several steps in a row had a loss or gradient that isn't finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: its last step and the metrics of that step, "loss" and "eval/..." among them."""
+
+    step: int
+    metrics: dict[str, float]
+    was_finished: bool = False  # nothing had to be done
+
+
+def train(
+    spec: specs.Spec,
+    task: Any,
+    *,
+    workdir: Any,
+    make_batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
+    eval_batches: Callable[[], Batches],
+    data_fingerprint: str,
+    vocabulary: Mapping[str, Any] | None = None,
+    tensorboard: bool = True,
+    bar: bool = True,
+) -> Result:
+    """Trains a task from the newest checkpoint in the workdir, or from the start, to the last step.
+
+    Args:
+      spec: the run.
+      task: a `tasks.task.Task`.
+      workdir: holds all that the run writes. One run at a time.
+      make_batches: called with the first step; yields the batches of it and of all steps after it.
+      eval_batches: called once; returns the held-out batches, the same every time.
+      data_fingerprint: of the training data; a run goes on with the data it was started with only.
+      vocabulary: written to vocabulary.json, for models that read text.
+      tensorboard: whether to write TensorBoard files beside metrics.jsonl.
+      bar: whether to show a progress bar.
+
+    Raises:
+      specs.SpecError: the config doesn't fit the devices.
+      resume.ResumeError: another run holds the workdir, or this one would train something else.
+      reading.CheckpointError: no whole checkpoint is left, or none can be written.
+      NonFiniteError: after `train.stop_after_nonfinite` such steps in a row.
+      signals.Stopped: after SIGTERM or Ctrl-C; everything is saved.
+    """
+    finished = already_finished(spec, workdir)
+    if finished:
+        return finished
+    with resume.lock(workdir), signals.listening() as stop, contextlib.ExitStack() as stack:
+        run = _Run(spec, task, workdir, data_fingerprint, vocabulary, stop)
+        run.start(make_batches, eval_batches, tensorboard, bar, stack)
+        return run.to_the_end()
+
+
+def already_finished(spec: specs.Spec, workdir: Any) -> Result | None:
+    """The result of a run that needs nothing more, told without building anything; None if it isn't one.
+
+    Raises:
+      resume.ResumeError: if the workdir's run trained something else than `spec`.
+    """
+    checkpoints = reading.steps_in(epath.Path(workdir) / "checkpoints")
+    try:
+        meta = reading.read_meta(epath.Path(workdir) / "checkpoints" / str(checkpoints[-1]))
+    except (IndexError, reading.Damaged):
+        return None
+    resume.check_config(meta["config"], specs.to_config(spec), meta["step"])
+    lines = logging.read_metrics(workdir)
+    if meta["step"] < spec.train.steps or not lines or not lines[-1].get(logging.FINISHED):
+        return None
+    return Result(meta["step"], _latest(lines), was_finished=True)
+
+
+def _latest(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The newest value of each metric."""
+    merged: dict[str, Any] = {}
+    for line in lines:
+        merged |= line
+    return {k: v for k, v in merged.items() if k not in ("step", logging.FINISHED)}
+
+
+class _Run:
+    """The parts of one run, put together by `start` and run by `to_the_end`."""
+
+    def __init__(
+        self, spec: specs.Spec, task: Any, workdir: Any, data: str, vocabulary: Any, stop: signals.Signals
+    ) -> None:
+        self.spec, self.task, self.stop = spec, task, stop
+        self.workdir = epath.Path(os.fspath(workdir))
+        self.vocabulary = vocabulary
+        self.mesh = sharding.make_mesh(spec.mesh)
+        frozen = task.frozen()
+        self.program = steps.Program(spec, task, self.mesh, frozen)
+        self.frozen = jax.device_put(sharding.unbox(frozen), steps.shardings_of(self.program.frozen))
+        self.identity = {"config": specs.to_config(spec), "data": data, "frozen": trees.fingerprints(self.frozen)}
+        self.state: steps.State
+        self.step = 0  # steps done, of which the metrics of the last may not have been read yet
+        self.saved = -1  # the newest step that a checkpoint was started for
+        self.nonfinite = self.in_a_row = 0
+        self.pending: tuple[int, Any, np.ndarray] | None = None
+        self.bad_ids: list[list[int]] = []
+        self.latest: dict[str, float] = {}
+        self.window = _Window(0)
+
+    # ------------------------------------------------------------------------------------ start
+
+    def start(
+        self, make_batches: Any, eval_batches: Any, tensorboard: bool, bar: bool, stack: contextlib.ExitStack
+    ) -> None:
+        """Everything up to the first step."""
+        self.checkpoints = Checkpoints(self.workdir, self.spec.checkpoint.keep)
+        stack.enter_context(_closing(self.checkpoints))
+        self._restore_or_init()
+        write_json(self.workdir / CONFIG, self.identity["config"])
+        if self.vocabulary is not None:
+            write_json(self.workdir / VOCABULARY, self.vocabulary)
+        self.logs = logging.Logs(self.workdir, self.step, self.spec.train.steps, tensorboard, bar)
+        stack.callback(self.logs.close)
+        self.latest = _latest(logging.read_metrics(self.workdir))
+        if self.step:
+            self.logs.say(f"goes on from step {self.step} of {self.spec.train.steps} in {self.workdir}")
+        if not self.stop.came:
+            self._compile(make_batches, eval_batches, stack)
+
+    def _restore_or_init(self) -> None:
+        # Outside of the mesh's context, under which Orbax's work on single devices would break.
+        abstract = self.program.state
+        restored = self.checkpoints.restore(steps.checkpoint_items(abstract), self._check_meta)
+        if restored is None:
+            self.state = self.program.initial()
+            return
+        items, meta = restored
+        self.step = self.saved = meta["step"]
+        self.nonfinite, self.in_a_row = meta["nonfinite"], meta["in_a_row"]
+        self.state = steps.from_items(abstract, items, self.step)
+
+    def _check_meta(self, meta: Mapping[str, Any]) -> None:
+        resume.check_config(meta["config"], self.identity["config"], meta["step"])
+        hints = {
+            "data": "the training data (data.path and its files)",
+            "frozen": "the parameters of a frozen network (task.tokenizer, text encoder or other weights)",
+        }
+        for key, what in hints.items():
+            resume.check_fingerprints(what, meta[key], self.identity[key], "bring back what it was started with")
+
+    def _compile(self, make_batches: Any, eval_batches: Any, stack: contextlib.ExitStack) -> None:
+        """Compiles the step and the evaluation ahead, so that no later call compiles anything else."""
+        self.held_out = [dict(batch) for batch in eval_batches()]
+        began = time.monotonic()
+        if self.step < self.spec.train.steps:
+            self.feed = feeds.Feed(make_batches(self.step), self.program.batch_sharding, self.stop)
+            stack.callback(self.feed.close)
+            self.first = self.feed.get()
+            if self.first is None:
+                return
+            began = time.monotonic()
+            batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.first[0])
+            self._check_batch(batch)
+            self.train_step = self.program.lower_train(batch).compile()
+        if self.held_out:
+            self.evaluate = self.program.lower_evaluate(self.program.abstract_batch(self.held_out[0])).compile()
+        seconds = time.monotonic() - began
+        self.logs.say(f"compiled in {seconds:.1f} s")
+        self._log({"compile_seconds": seconds})
+
+    def _check_batch(self, batch: Mapping[str, Any]) -> None:
+        for name, leaf in batch.items():
+            if leaf.shape[0] != self.spec.train.batch_size:
+                raise feeds.DataError(
+                    f"the batch has {leaf.shape[0]} examples of {name}; train.batch_size is {self.spec.train.batch_size}."
+                )
+
+    # ------------------------------------------------------------------------------------- loop
+
+    def to_the_end(self) -> Result:
+        """Runs the remaining steps, then saves, evaluates and draws a last time."""
+        total, every = self.spec.train, self.spec.checkpoint.every_steps
+        self.window = _Window(self.step)
+        while self.step < total.steps:
+            self._one_step()
+            last = self.step == total.steps
+            if self.step % every == 0 or last or (self.checkpoints.due_again and self.step % total.log_every == 0):
+                self._save()
+            if total.eval_every and self.step % total.eval_every == 0 and not last:
+                self._evaluate()
+            if total.sample_every and self.step % total.sample_every == 0 and not last:
+                self._samples()
+        self._stop_if_asked()
+        self._save_surely()
+        self._evaluate()
+        self._samples()
+        self._stop_if_asked()
+        self._log({logging.FINISHED: True})
+        return Result(self.step, self.latest)
+
+    def _one_step(self) -> None:
+        self._stop_if_asked()
+        began = time.monotonic()
+        batch = self.first or self.feed.get()
+        self.first = None
+        if batch is None:
+            self._stop_if_asked()
+        self.window.waited += time.monotonic() - began
+        arrays, ids = batch
+        self.state, metrics = self.train_step(self.state, self.frozen, arrays)
+        before, self.pending = self.pending, (self.step + 1, metrics, ids)
+        self._read(before)
+        self.step += 1
+        self.checkpoints.poll()
+        if self.step == self.spec.train.steps:
+            self._drain()
+
+    def _drain(self) -> None:
+        """Reads the metrics of the step that the device may still be working on."""
+        before, self.pending = self.pending, None
+        self._read(before)
+
+    def _read(self, pending: tuple[int, Any, np.ndarray] | None) -> None:
+        """Waits for a step's metrics, counts what isn't finite, and logs where it is time."""
+        if pending is None:
+            return
+        step, metrics, ids = pending
+        values = {name: (float(m.total), float(m.weight)) for name, m in jax.device_get(metrics).items()}
+        if values["nonfinite"][0]:
+            self._count_nonfinite(step, values, ids)
+        else:
+            self.in_a_row, self.bad_ids = 0, []
+            self.window.add(values)
+        if step % self.spec.train.log_every == 0 or step == self.spec.train.steps:
+            rate = self.window.rate(step)
+            line = self.window.means() | {"nonfinite_steps": self.nonfinite} | rate
+            self._log(line, step)
+            shown = {"loss": f"{line.get('loss', float('nan')):.4g}", "steps/s": f"{rate['steps_per_second']:.3g}"}
+            self.logs.progress(step, **shown)
+            self.window = _Window(step)
+        else:
+            self.logs.progress(step)
+
+    def _count_nonfinite(self, step: int, values: Mapping[str, tuple[float, float]], ids: np.ndarray) -> None:
+        self.nonfinite += 1
+        self.in_a_row += 1
+        self.bad_ids.append(ids.tolist())
+        if self.in_a_row < self.spec.train.stop_after_nonfinite:
+            return
+        shown = {name: total / weight if weight else None for name, (total, weight) in sorted(values.items())}
+        listed = "; ".join(f"step {step - len(self.bad_ids) + 1 + i}: {ids}" for i, ids in enumerate(self.bad_ids))
+        raise NonFiniteError(
+            f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that isn't finite. None of them "
+            f"changed anything. The newest checkpoint is that of step {self.saved}. Metrics of step {step}: {shown}. "
+            f"Example ids: {listed}."
+        )
+
+    def _log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        self.logs.scalars(self.step if step is None else step, values)
+        self.latest |= {k: float(v) for k, v in values.items() if k != logging.FINISHED}
+
+    # ------------------------------------------------------------------------ between the steps
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.came:
+            self._save_surely()
+            self.logs.say("")
+            raise signals.Stopped(self.stop.number, self.step)
+
+    @contextlib.contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Time that isn't training: checkpoints, evaluation, samples. A new window may begin within."""
+        began = time.monotonic()
+        yield
+        self.window.paused += time.monotonic() - max(began, self.window.began)
+
+    def _save(self) -> None:
+        """Starts a checkpoint of the state as it is now."""
+        with self._pause():
+            self._drain()
+            state = self.state
+            if self.mesh.devices.flat[0].platform == "cpu":
+                # Orbax reads in the background. Elsewhere it has its own copy on the host by the time
+                # it returns; here it would read the buffers that the next step is donated.
+                state = steps.copied(state)
+            counts = {"nonfinite": self.nonfinite, "in_a_row": self.in_a_row}
+            self.checkpoints.save(self.step, steps.checkpoint_items(state), {**self.identity, **counts})
+            self.saved = self.step
+
+    def _save_surely(self) -> None:
+        """Ends with the state of this step on disk, or with an error after several attempts."""
+        self._drain()
+        if self.saved != self.step:
+            self._save()
+        while not self.checkpoints.finish():
+            time.sleep(1)
+            self._save()
+
+    def _evaluate(self) -> None:
+        """Metrics on the held-out batches, with the EMA if there is one."""
+        with self._pause():
+            self._drain()
+            sums: dict[str, np.ndarray] = {}
+            for index, batch in enumerate(self.held_out):
+                if self.stop.came:
+                    return
+                arrays = sharding.put(batch, self.program.batch_sharding)
+                metrics = jax.device_get(self.evaluate(self.state.best, self.frozen, arrays, jnp.int32(index)))
+                for name, metric in metrics.items():
+                    sums[name] = sums.get(name, 0) + np.asarray([metric.total, metric.weight], np.float64)
+            values = {f"eval/{name}": float(total / weight) for name, (total, weight) in sums.items() if weight}
+            if values:
+                self._log(values)
+
+    def _samples(self) -> None:
+        """Pictures for fixed prompts, those of the first held-out batch."""
+        if not self.held_out or self.stop.came:
+            return
+        with self._pause():
+            self._drain()
+            key = steps.stream_key(self.spec.seed, steps.SAMPLES)
+            batch = sharding.put(self.held_out[0], self.program.batch_sharding)
+            with sharding.layout(self.mesh, self.spec.rules):
+                pictures = self.task.samples(self.state.best, self.frozen, batch, key)
+            if pictures:
+                self.logs.images(self.step, pictures)
+
+
+class _Window:
+    """Metrics and times since the last line that was logged."""
+
+    def __init__(self, step: int) -> None:
+        self.began = time.monotonic()
+        self.step = step
+        self.paused = self.waited = 0.0
+        self.count = 0
+        self.sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, values: Mapping[str, tuple[float, float]]) -> None:
+        """Adds the metrics of a step."""
+        for name, (total, weight) in values.items():
+            before = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (before[0] + total, before[1] + weight)
+
+    def means(self) -> dict[str, float]:
+        """Means over the window; without what was never counted."""
+        return {n: total / weight for n, (total, weight) in self.sums.items() if weight and n != "nonfinite"}
+
+    def rate(self, step: int) -> dict[str, float]:
+        """Steps a second, without pauses, and the share of time spent waiting for data."""
+        seconds = max(1e-9, time.monotonic() - self.began - self.paused)
+        return {"steps_per_second": (step - self.step) / seconds, "data_wait": min(1.0, self.waited / seconds)}
+
+
+@contextlib.contextmanager
+def _closing(checkpoints: Checkpoints) -> Iterator[None]:
+    """Closes, without hiding an error that is on its way."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            checkpoints.close()
+        raise
+    checkpoints.close()

@@ -1,0 +1,198 @@
+"""Tiny tasks for the trainer's tests, and a command that trains one: python tests/training/toys.py KIND WORKDIR."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from muse_jax import specs
+from muse_jax.tasks.task import Mean
+from muse_jax.training import signals, trainer
+
+TOKENS, CODES, WIDTH = 6, 7, 8
+RULES = {"batch": ("data", "fsdp"), "vocab": None, "embed": "fsdp", "mlp": "tensor", "layers": None}
+
+
+def spec(**changes) -> specs.Spec:
+    """A spec for a toy; "train.steps"=5 and the like change single values. Models and tasks are only carried along."""
+    base = specs.Spec(
+        seed=1,
+        task=specs.TokensTaskSpec(tokenizer="toy"),
+        model=specs.VQGANSpec(codebook_size=CODES, code_dim=2, channels=2, channel_multipliers=(1,), res_blocks=1),
+        data=specs.DataSpec(name="synthetic", image_size=8),
+        optimizer=specs.OptimizerSpec(learning_rate=0.01, weight_decay=0.01, clip_norm=1.0),
+        mesh=specs.MeshSpec(data=1),
+        rules=RULES,
+        train=specs.TrainSpec(steps=8, batch_size=4, log_every=2, eval_batches=1),
+        checkpoint=specs.CheckpointSpec(every_steps=3, keep=2),
+        sample=specs.SampleSpec(),
+    )
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        new = dataclasses.replace(getattr(base, section), **{name: value}) if name else value
+        base = dataclasses.replace(base, **{section: new})
+    return base
+
+
+def box(value, *names):
+    return nn.LogicallyPartitioned(value, names)
+
+
+class Masked:
+    """Predicts masked tokens with two stacked layers; the frozen table embeds them."""
+
+    def init(self, key):
+        keys = jax.random.split(key, 3)
+        return {
+            "layers": {
+                "kernel": box(jax.random.normal(keys[0], (2, WIDTH, WIDTH)) * 0.3, "layers", "embed", "mlp"),
+                "bias": box(jnp.zeros((2, WIDTH)), "layers", "mlp"),
+            },
+            "head": {"kernel": box(jax.random.normal(keys[1], (WIDTH, CODES)) * 0.1, "embed", "vocab")},
+            "unused": box(jnp.full((CODES,), -0.0), "vocab"),
+        }
+
+    def frozen(self):
+        return {"table": np.linspace(-1, 1, (CODES + 1) * WIDTH, dtype=np.float32).reshape(CODES + 1, WIDTH)}
+
+    def labels(self, params):
+        return {**jax.tree.map(lambda _: "all", params), "unused": "frozen"}
+
+    def loss(self, params, frozen, batch, key):
+        def masks(example_id):
+            rate, places = jax.random.split(jax.random.fold_in(key, example_id))
+            return jax.random.uniform(places, (TOKENS,)) < jax.random.uniform(rate, minval=0.3)
+
+        masked = jax.vmap(masks)(batch["example_id"])
+        x = frozen["table"][jnp.where(masked, CODES, batch["tokens"])]
+        x = x + jnp.mean(x, axis=1, keepdims=True)
+        for layer in range(2):
+            x = x + jnp.tanh(x @ params["layers"]["kernel"][layer] + params["layers"]["bias"][layer])
+        log_p = jax.nn.log_softmax(x @ params["head"]["kernel"])
+        loss = -jnp.take_along_axis(log_p, batch["tokens"][..., None], -1)[..., 0]
+        loss = loss * batch["poison"][:, None]
+        mean = Mean.of(loss, masked.astype(jnp.float32))
+        return mean.value(), {"loss": mean, "masked": Mean.of(masked)}
+
+    def grads(self, params, frozen, batch, key, step):
+        grads, metrics = jax.grad(self.loss, has_aux=True)(params, frozen, batch, key)
+        return grads, metrics, None
+
+    def after_update(self, params, extras, key, step):
+        return params
+
+    def evaluate(self, params, frozen, batch, key):
+        return self.loss(params, frozen, batch, key)[1]
+
+    def samples(self, params, frozen, batch, key):
+        return {"tokens": np.asarray(batch["tokens"], np.uint8)[:, :, None, None].repeat(3, -1)}
+
+
+class Adversaries:
+    """Two players with optimizers of their own, and a counter that `after_update` changes."""
+
+    def init(self, key):
+        return {
+            "generator": {"kernel": box(jax.random.normal(key, (TOKENS, WIDTH)), "embed", "mlp")},
+            "discriminator": {"kernel": box(jnp.ones((WIDTH, 1)), "mlp", None)},
+            "unused": box(jnp.zeros((CODES,)), "vocab"),
+        }
+
+    def frozen(self):
+        return {}
+
+    def labels(self, params):
+        return {name: jax.tree.map(lambda _, n=name: "frozen" if n == "unused" else n, p) for name, p in params.items()}
+
+    def grads(self, params, frozen, batch, key, step):
+        x = batch["tokens"].astype(jnp.float32) * batch["poison"][:, None]
+
+        def generator(g, d):
+            made = jnp.tanh(x @ g["kernel"])
+            return jnp.mean(jnp.square(made - 0.5)) - 0.1 * jnp.mean(made @ d["kernel"])
+
+        def discriminator(d, g):
+            made = jnp.tanh(x @ jax.lax.stop_gradient(g)["kernel"])
+            return jnp.mean(jnp.square(made @ d["kernel"] - 1))
+
+        g, d = params["generator"], params["discriminator"]
+        loss, grad_g = jax.value_and_grad(generator)(g, d)
+        other, grad_d = jax.value_and_grad(discriminator)(d, g)
+        used = jnp.zeros((CODES,)).at[batch["tokens"].reshape(-1)].add(1)
+        metrics = {"loss": Mean.of(loss), "discriminator_loss": Mean.of(other)}
+        return {"generator": grad_g, "discriminator": grad_d, "unused": jnp.zeros((CODES,))}, metrics, used
+
+    def after_update(self, params, extras, key, step):
+        noise = jax.random.uniform(key, (CODES,))
+        return {**params, "unused": jnp.where(extras > 0, 0.0, params["unused"] + noise)}
+
+    def evaluate(self, params, frozen, batch, key):
+        return self.grads(params, frozen, batch, key, 0)[1]
+
+    def samples(self, params, frozen, batch, key):
+        return {}
+
+
+TASKS = {"masked": Masked, "adversaries": Adversaries}
+
+
+def batch_of(step: int, size: int, poisoned: bool = False):
+    ids = np.arange(step * size, (step + 1) * size, dtype=np.int32)
+    tokens = np.random.default_rng(step).integers(0, CODES, (size, TOKENS), dtype=np.int32)
+    poison = np.full((size,), np.nan if poisoned else 1.0, np.float32)
+    return {"example_id": ids, "tokens": tokens, "poison": poison}
+
+
+def batches(start: int, size: int = 4, poisoned=(), pause: float = 0.0):
+    step = start
+    while True:
+        time.sleep(pause)
+        yield batch_of(step, size, step in poisoned)
+        step += 1
+
+
+def train(run: specs.Spec, workdir, task=None, poisoned=(), data="toy", pause=0.0, **changes):
+    """`trainer.train` on a toy, quietly."""
+    size = run.train.batch_size
+    arguments = {
+        "workdir": workdir,
+        "make_batches": lambda start: batches(start, size, poisoned, pause),
+        "eval_batches": lambda: [batch_of(10**6 + i, size) for i in range(run.train.eval_batches)],
+        "data_fingerprint": data,
+        "tensorboard": False,
+        "bar": False,
+        **changes,
+    }
+    return trainer.train(run, task or Masked(), **arguments)
+
+
+def bits(tree) -> str:
+    """A digest of all bits of a tree of arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def main(kind: str, workdir: str, changes: str = "{}") -> int:
+    """Trains a toy slowly enough to be interrupted; says "step N" as it goes."""
+    slow = float(os.environ.get("TOY_PAUSE", "0"))
+    try:
+        result = train(spec(**json.loads(changes)), pathlib.Path(workdir), TASKS[kind](), pause=slow)
+    except signals.Stopped as stopped:
+        print(stopped, flush=True)
+        return stopped.exit_code
+    print("done", result.step, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
