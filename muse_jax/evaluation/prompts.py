@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
 
 from muse_jax.data import scenes
 from muse_jax.evaluation import reader
@@ -114,8 +113,8 @@ def _claimed(match: re.Match) -> ClaimedGroup:
 # --------------------------------------------------------------------------- statements to truth
 
 
-def score(image: UInt8[np.ndarray, "s s 3"], caption: str) -> dict[str, bool]:
-    """Which of the caption's statements the picture keeps.
+def score(image: np.ndarray, caption: str) -> dict[str, bool]:
+    """Which of the caption's statements the picture, uint8 [s, s, 3], keeps.
 
     Returns:
       statement -> whether it holds. Statements are named by their kind (`KINDS`), those about an

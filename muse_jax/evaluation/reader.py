@@ -9,10 +9,11 @@ least of the blob unexplained are what it is read as.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from scipy import ndimage
 
 from muse_jax.data import scenes
@@ -71,8 +72,8 @@ class _Fit:
     residual: float  # what of it the shape does not explain
 
 
-def read(image: UInt8[np.ndarray, "s s 3"]) -> Reading:
-    """What a square RGB picture of any size from 32 shows.
+def read(image: np.ndarray) -> Reading:
+    """What a picture shows: uint8 [s, s, 3], RGB, any size s from 32.
 
     Raises:
       ValueError: the picture is not uint8 RGB, not square, or smaller than 32.
@@ -96,7 +97,7 @@ def read(image: UInt8[np.ndarray, "s s 3"]) -> Reading:
     return Reading(_name(background), tuple(seen))
 
 
-def read_batch(images: UInt8[np.ndarray, "n s s 3"] | Sequence[np.ndarray]) -> list[Reading]:
+def read_batch(images: Sequence[np.ndarray] | np.ndarray) -> list[Reading]:
     """`read` of each picture; a few milliseconds a picture."""
     return [read(image) for image in images]
 
@@ -139,11 +140,11 @@ def _working_picture(image: np.ndarray) -> Float[np.ndarray, "s s 3"]:
 
 
 def _nearest(colors: np.ndarray, table: np.ndarray) -> np.ndarray:
-    return np.argmin(((colors[..., None, :] - table) ** 2).sum(-1), -1)
+    return np.argmin((table**2).sum(-1) - 2 * colors @ table.T, -1)  # the colours' own squares are in every term
 
 
 def _name(color: np.ndarray) -> str:
-    return _NAMES[int(_nearest(color, _RGB))]
+    return _NAMES[int(_nearest(color[None], _RGB)[0])]
 
 
 def _background(picture: np.ndarray) -> Float[np.ndarray, "3"]:
@@ -162,8 +163,9 @@ def _object_share(difference: np.ndarray, background: np.ndarray) -> Float[np.nd
     lines = _OBJECT_RGB - background
     lengths = (lines**2).sum(1)
     lines, lengths = lines[lengths > 900], lengths[lengths > 900]  # on a red background nothing red can be seen
-    shares = np.clip(difference @ lines.T / lengths, 0, 1)
-    off_line = ((difference[..., None, :] - shares[..., None] * lines) ** 2).sum(-1)
+    along = difference @ lines.T
+    shares = np.clip(along / lengths, 0, 1)
+    off_line = shares * (shares * lengths - 2 * along)  # squared distance, less that of the pixel itself
     return np.take_along_axis(shares, off_line.argmin(-1)[..., None], -1)[..., 0]
 
 
@@ -221,23 +223,32 @@ def _fit(difference: np.ndarray, share: np.ndarray, blob: np.ndarray, others: np
 
 def _fit_shapes(target: np.ndarray, share: np.ndarray) -> _Fit:
     height, width = share.shape
-    area = share.sum()
-    x = (share.sum(0) @ (np.arange(width) + 0.5)) / area
-    y = (share.sum(1) @ (np.arange(height) + 0.5)) / area
-    energy = float((target**2).sum())
+    area = float(share.sum())
+    x = float(share.sum(0) @ (np.arange(width) + 0.5)) / area
+    y = float(share.sum(1) @ (np.arange(height) + 0.5)) / area
+    pixels = target.reshape(-1, 3)
+    energy = float(np.vdot(target, target))
     best = None
     for shape in scenes.SHAPES:
-        side = np.sqrt(area / _AREAS[shape])
+        side = (area / _AREAS[shape]) ** 0.5
         top = y - _DROPS[shape] * side
         sharp = coverage(shape, x, top, side, height, width)
         for blur in _BLURS:
-            cover = ndimage.gaussian_filter(sharp, blur, mode="constant") if blur else sharp
-            projection = np.tensordot(cover, target, 2)
-            square = (cover**2).sum()
+            cover = _blur(height, blur) @ sharp @ _blur(width, blur) if blur else sharp
+            projection = cover.ravel() @ pixels
+            square = np.vdot(cover, cover)
             residual = energy - float(projection @ projection / square)
             if best is None or residual < best.residual:
                 best = _Fit(shape, projection / square, x, top, side, energy, residual)
     return best
+
+
+@functools.lru_cache
+def _blur(length: int, width: float) -> Float[np.ndarray, "n n"]:
+    """Matrix that blurs along an axis with a Gaussian."""
+    steps = np.arange(length)
+    kernel = np.exp(-0.5 * ((steps[:, None] - steps) / width) ** 2)
+    return kernel / (width * np.sqrt(2 * np.pi))
 
 
 def coverage(shape: str, x: float, y: float, side: float, height: int, width: int) -> Float[np.ndarray, "h w"]:
