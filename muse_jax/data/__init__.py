@@ -1,0 +1,81 @@
+"""Where batches come from.
+
+`make_source` gives random access to the examples of a split, `make_loader` an endless iterator over
+batches, `make_vocabulary` what turns captions to ids, and `fingerprint` a short text that changes
+when the data do. Sources are imported when they are asked for, so that no run needs the libraries
+of another's data.
+
+A source has ``len(source)`` and ``source[i]``, a dict with `image` uint8 [s, s, 3] and, where there is one,
+`text` (str) and `label` (int); ``source.captions()`` for vocabularies; ``source.fingerprint()``; and either
+``source.example(i, seed)``, whose seed draws crop and flip, or ``source.batch(indices, seeds)``, the same
+for many examples at once.
+"""
+
+from typing import Any
+
+from muse_jax.data.loader import Loader, make_loader
+from muse_jax.specs import DataSpec
+from muse_jax.text import vocabulary as vocabulary_lib
+
+__all__ = ["Loader", "fingerprint", "make_loader", "make_source", "make_vocabulary"]
+
+# The vocabulary where data.vocabulary is empty.
+_VOCABULARIES = {"scenes": "scenes", "folder": "captions", "tfds": "captions", "synthetic": "bytes"}
+
+
+def make_source(spec: DataSpec, split: str = "train") -> Any:
+    """The examples of a split, by index.
+
+    Args:
+      spec: the data section of a config.
+      split: "train" or "eval"; which parts of the data they are is said by `spec.split` and `spec.eval_split`.
+
+    Raises:
+      ValueError: if `spec.name` is unknown, or the data cannot be used; says why and what to do.
+    """
+    if split not in ("train", "eval"):
+        raise ValueError(f"split is {split!r}; expected 'train' or 'eval'.")
+    if spec.name == "scenes":
+        from muse_jax.data.scene_source import SceneSource
+
+        return SceneSource(spec, split)
+    if spec.name == "folder":
+        from muse_jax.data.folders import FolderSource
+
+        return FolderSource(spec, split)
+    if spec.name == "tfds":
+        from muse_jax.data.tfds_source import TFDSSource
+
+        return TFDSSource(spec, split)
+    if spec.name == "synthetic":
+        from muse_jax.data.synthetic import SyntheticSource
+
+        return SyntheticSource(spec, split)
+    raise ValueError(f"data.name is {spec.name!r}; expected 'scenes', 'folder', 'tfds' or 'synthetic'.")
+
+
+def make_vocabulary(spec: DataSpec) -> vocabulary_lib.Vocabulary | None:
+    """The vocabulary of `spec.vocabulary`: "scenes", "captions", "bytes" or a SentencePiece model's path.
+
+    Empty means the one that suits the data: "scenes", "captions" for folders and TFDS, else "bytes".
+
+    Returns:
+      The vocabulary, or None if `spec.text_length` is 0 and batches have no text.
+    """
+    if not spec.text_length:
+        return None
+    name = spec.vocabulary or _VOCABULARIES[spec.name]
+    if name == "scenes":
+        from muse_jax.data import scenes
+
+        return vocabulary_lib.WordVocabulary(scenes.WORDS)
+    if name == "captions":
+        return vocabulary_lib.WordVocabulary.from_captions(make_source(spec).captions())
+    if name == "bytes":
+        return vocabulary_lib.ByteVocabulary()
+    return vocabulary_lib.SentencePiece.from_file(name)
+
+
+def fingerprint(spec: DataSpec) -> str:
+    """A short text that changes when the training data do; written into checkpoints."""
+    return make_source(spec).fingerprint()

@@ -1,0 +1,296 @@
+"""A folder of captioned pictures, as Hugging Face's imagefolder has it.
+
+A picture's caption is in ``name.txt`` beside it, else in the nearest ``metadata.jsonl`` or
+``metadata.csv`` (columns ``file_name``, relative to the metadata's folder, and ``text``) of its
+folder or one above. Files that cannot be used are skipped, counted by reason and listed by name::
+
+  python -m muse_jax.data.folders DIR            # what is skipped and why, from headers and captions
+  python -m muse_jax.data.folders DIR --decode   # also decodes every picture
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from muse_jax.data import captions as captions_lib
+from muse_jax.data import transforms
+from muse_jax.data.substitutes import Substitutes
+from muse_jax.specs import DataSpec
+
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif")
+OTHER_PICTURES = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".ico", ".tga")
+EVAL_SHARE = 0.05  # of the files, by the hash of their names
+NO_CAPTION = "no caption"
+
+_NAMES_SHOWN = 5
+
+LAYOUT = (
+    "Expected picture files (JPEG, PNG, WEBP, BMP or GIF) with captions in name.txt beside name.jpg, "
+    "or in metadata.jsonl or metadata.csv with file_name and text."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """What is in a folder: the usable pictures in the order of their keys, and the others by reason."""
+
+    root: str
+    keys: tuple[str, ...]  # paths below root, with "/"
+    captions: tuple[str, ...]  # "" where no file of the folder has one
+    sizes: tuple[int, ...]  # bytes
+    skipped: dict[str, tuple[str, ...]]  # reason -> keys
+    notes: tuple[str, ...]  # what is odd but costs no picture
+
+    def summary(self) -> str:
+        """One paragraph for the log: counts by reason and the first few names."""
+        dropped = sum(map(len, self.skipped.values()))
+        text = f"{self.root}: {len(self.keys)} of {len(self.keys) + dropped} pictures are usable."
+        for reason, names in sorted(self.skipped.items()):
+            shown = ", ".join(map(printable, names[:_NAMES_SHOWN])) + (", ..." if len(names) > _NAMES_SHOWN else "")
+            text += f" Skipped {len(names)}, {reason}: {shown}."
+        if dropped > _NAMES_SHOWN:
+            text += f" All names: python -m muse_jax.data.folders {self.root}"
+        return " ".join([text, *self.notes])
+
+
+def scan(root: str, *, text_key: str = "text", needs_text: bool = True) -> Scan:
+    """Lists a folder; reads headers and captions, but no pixels.
+
+    Args:
+      root: the folder; hidden files and folders in it are not looked at.
+      text_key: the caption's column in metadata files.
+      needs_text: if False, a folder without any caption at all is usable (to train a tokenizer).
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+      ValueError: if nothing in it is usable; says why for each reason, and how to lay it out.
+    """
+    root = os.path.expanduser(root)
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"data.path is {root!r}, which is no folder. {LAYOUT}")
+    root = os.path.abspath(root)
+    found = _scan(root, _walk(root), text_key, needs_text)
+    if not found.keys:
+        raise ValueError(f"Nothing is usable. {found.summary()} {LAYOUT}" + _hint(found))
+    return found
+
+
+def _hint(found: Scan) -> str:
+    if "format not read" in " ".join(found.skipped):
+        return " Convert other formats to PNG or JPEG first."
+    return "" if found.skipped else " There are no picture files in it at all."
+
+
+def _walk(root: str) -> tuple[tuple[str, int, int], ...]:
+    """(key, bytes, change time) of every file below root, sorted by key; links to folders are followed once.
+
+    A folder that cannot be opened is listed with a "/" at its end.
+    """
+    seen, found, pending = set(), [], [""]
+    while pending:
+        folder = pending.pop()
+        try:
+            status = os.stat(os.path.join(root, folder))
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(os.path.join(root, folder)) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError:
+            found.append((f"{folder}/", 0, 0))
+            continue
+        for entry in listed:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            key = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.is_dir():
+                pending.append(key)
+            else:
+                found.append((key, *_size_and_time(entry)))
+    return tuple(sorted(found))
+
+
+def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:
+    try:
+        status = entry.stat()
+    except OSError:  # a link to nowhere
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)  # training, evaluation, vocabulary and fingerprint ask for the same folder
+def _scan(root: str, files: tuple[tuple[str, int, int], ...], text_key: str, needs_text: bool) -> Scan:
+    captions = captions_lib.Captions(root, frozenset(key for key, _, _ in files), text_key)
+    keys, texts, sizes = [], [], []
+    skipped: dict[str, list[str]] = collections.defaultdict(list)
+    for key, size, _ in files:
+        extension = os.path.splitext(key)[1].lower()
+        if key.endswith("/"):
+            skipped["folder cannot be opened"].append(key)
+        elif extension in OTHER_PICTURES:
+            skipped[f"format not read ({extension})"].append(key)
+        elif extension in EXTENSIONS or captions.lists(key):
+            reason = _header_fault(os.path.join(root, key))
+            if reason:
+                skipped[reason].append(key)
+            else:
+                keys.append(key)
+                texts.append(captions.of(key))
+                sizes.append(size)
+    if needs_text or any(texts):
+        skipped[NO_CAPTION] = [key for key, text in zip(keys, texts, strict=True) if not text]
+        kept = [i for i, text in enumerate(texts) if text]
+        keys, texts, sizes = ([values[i] for i in kept] for values in (keys, texts, sizes))
+    elif keys:
+        captions.notes.append("No picture has a caption; that is enough for a tokenizer.")
+    skipped = {reason: tuple(names) for reason, names in skipped.items() if names}
+    result = Scan(root, tuple(keys), tuple(texts), tuple(sizes), skipped, tuple(captions.finish()))
+    (logging.warning if result.skipped or result.notes else logging.info)("%s", result.summary())
+    return result
+
+
+def _header_fault(path: str) -> str:
+    try:
+        transforms.check_file_size(path)
+        transforms.open_image(path).close()
+    except transforms.UnusableError as error:
+        return error.reason
+    except OSError as error:
+        return f"cannot be opened ({error.strerror})"
+    return ""
+
+
+def printable(name: str) -> str:
+    """A file's name as it can be written anywhere, also if it is no valid UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def split_positions(scanned: Scan, split: str, train_name: str = "train", eval_name: str = "test") -> tuple[int, ...]:
+    """Positions (in `scanned.keys`) of the pictures of one split.
+
+    If the folder has sub-folders named `train_name` and `eval_name`, they are the splits. Else the hash
+    of a picture's key decides, so that it keeps its split when others are added; the evaluation split
+    has at least one picture, and of a single picture both splits have it.
+
+    Args:
+      split: "train" or "eval".
+    """
+    positions = range(len(scanned.keys))
+    tops = {key.partition("/")[0] for key in scanned.keys if "/" in key}
+    if {train_name, eval_name} <= tops and train_name != eval_name:
+        name = eval_name if split == "eval" else train_name
+        return tuple(i for i in positions if scanned.keys[i].startswith(f"{name}/"))
+    if len(positions) == 1:
+        return (0,)
+    shares = [_hash_share(key) for key in scanned.keys]
+    least = min(max(EVAL_SHARE, np.nextafter(min(shares), 1)), max(shares))  # neither split is empty
+    if split == "eval":
+        return tuple(i for i in positions if shares[i] < least)
+    return tuple(i for i in positions if shares[i] >= least)
+
+
+def _hash_share(key: str) -> float:
+    """A number in [0, 1) from a key alone."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:6], "big") / 2**48
+
+
+class FolderSource:
+    """The pictures of a folder's split, by index; see `muse_jax.data.make_source`.
+
+    A file whose pixels turn out to be broken is replaced by another one, the same on every machine and
+    in every epoch; `broken` has its key and the reason.
+
+    Args:
+      spec: `path`, `image_size`, `text_key` ("text" if empty), `crop`, `flip` and the splits are read.
+      split: "train" or "eval".
+    """
+
+    def __init__(self, spec: DataSpec, split: str = "train"):
+        self.scan = scan(spec.path, text_key=spec.text_key or "text", needs_text=spec.text_length > 0)
+        self._spec = spec
+        self._positions = np.array(split_positions(self.scan, split, spec.split, spec.eval_split), np.int64)
+        self._has_text = any(self.scan.captions)
+        if not len(self._positions):
+            raise ValueError(f"The {split} split has no picture. {self.scan.summary()}")
+        self._substitutes = Substitutes(len(self), lambda i: printable(self.key(i)))
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """The pictures whose pixels turned out to be broken so far: key -> reason."""
+        return {self.key(i): reason for i, reason in self._substitutes.broken.items()}
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.example(index, (index,))
+
+    def key(self, index: int) -> str:
+        """The picture's path below the folder."""
+        return self.scan.keys[self._positions[index]]
+
+    def captions(self) -> Iterator[str]:
+        """Every caption of the split."""
+        return (self.scan.captions[i] for i in self._positions)
+
+    def example(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
+        """The picture and its caption; `seed` draws the crop and the flip.
+
+        Raises:
+          RuntimeError: if the picture and all those tried in its place are broken.
+        """
+        at, image = self._substitutes.read(index, lambda i: (i, self._pixels(i, seed)))
+        text = self.scan.captions[self._positions[at]]
+        return {"image": image, "text": text} if self._has_text else {"image": image}
+
+    def _pixels(self, index: int, seed: tuple[int, ...]) -> np.ndarray:
+        path = os.path.join(self.scan.root, self.key(index))
+        spec = self._spec
+        transforms.check_file_size(path)  # the file may have changed since the scan
+        return transforms.decode(path, spec.image_size, crop=spec.crop, flip=spec.flip, seed=seed)
+
+    def fingerprint(self) -> str:
+        """Changes with any picture's name or size, and with any caption."""
+        digest = hashlib.sha256()
+        for i in self._positions:
+            key, caption = self.scan.keys[i], self.scan.captions[i]
+            digest.update(repr((os.fsencode(key), self.scan.sizes[i], caption)).encode("utf-8", "backslashreplace"))
+        total = sum(self.scan.sizes[i] for i in self._positions)
+        return f"folder:{len(self)} pictures:{total} bytes:{digest.hexdigest()[:16]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints what of a folder is usable and every file that is not."""
+    parser = argparse.ArgumentParser(prog="python -m muse_jax.data.folders", description=main.__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
+    parser.add_argument("--text_key", default="text", help="the captions' column in metadata files")
+    options = parser.parse_args(arguments)
+    logging.set_verbosity(logging.ERROR)  # what the scan would log is printed below
+    found = scan(options.folder, text_key=options.text_key, needs_text=False)
+    for reason, names in sorted(found.skipped.items()):
+        for name in names:
+            print(f"{printable(name)}\t{reason}")
+    broken = 0
+    for key in found.keys if options.decode else ():
+        try:
+            transforms.decode(os.path.join(found.root, key), 8)
+        except transforms.UnusableError as error:
+            broken += 1
+            print(f"{printable(key)}\t{error}")
+    for note in found.notes:
+        print(note)
+    print(f"{len(found.keys) - broken} pictures are usable{'' if options.decode else ' by their headers'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

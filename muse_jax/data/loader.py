@@ -1,0 +1,221 @@
+"""One loader for all data: shuffled, repeatable, sharded by process, its position a step number.
+
+The stream of examples is a function of the seed: position p lies in epoch ``p // len(source)``, and
+each epoch is shuffled by itself (Grain's index shuffle, which needs no list of indices). Batch n
+holds positions ``n * batch_size`` and on, so it depends on (seed, n) alone, every example comes once
+an epoch, and a restart needs no more than the step. A process makes its own rows of each batch.
+
+A Grain element is a whole batch: sources that can make many examples at once do so, and a step
+pays Grain's overhead once.
+"""
+
+import os
+import weakref
+from collections.abc import Sequence
+from concurrent import futures
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from muse_jax.specs import DataSpec
+from muse_jax.text.vocabulary import Vocabulary
+
+_STEPS = 2**40  # Grain wants an end; no run gets there
+_REBUILDS = 3  # times that loading processes may die
+_DECODE_THREADS = 16
+_SPLIT_STREAM = {"train": 0, "eval": 1}
+
+
+class Batches:
+    """Random access to the batches of a run: ``batches[n]`` is this process's part of batch n.
+
+    Args:
+      source: see `muse_jax.data.make_source`.
+      batch_size: global.
+      seed: of the order, the crops and the flips.
+      vocabulary: for `text_ids`; None if `text_length` is 0.
+      text_length: ids of a text; 0: no text in the batch.
+      split: "train" or "eval": different orders from one seed.
+      process_index, process_count: which rows: the process_index-th of process_count equal parts.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        batch_size: int,
+        seed: int,
+        vocabulary: Vocabulary | None = None,
+        text_length: int = 0,
+        split: str = "train",
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        if batch_size % process_count or not 0 <= process_index < process_count:
+            raise ValueError(
+                f"train.batch_size {batch_size} does not divide into {process_count} processes (this one is "
+                f"{process_index}); choose a multiple of {process_count}."
+            )
+        self._source = source
+        self._batch_size = batch_size
+        self._rows = batch_size // process_count
+        self._first_row = self._rows * process_index
+        self._vocabulary = vocabulary
+        self._text_length = text_length
+        self._seed = int(np.random.SeedSequence((seed % 2**64, _SPLIT_STREAM[split])).generate_state(1)[0])
+        self._order = grain.MapDataset.range(len(source)).shuffle(seed=self._seed)
+        self._pool: futures.ThreadPoolExecutor | None = None
+
+    def __len__(self) -> int:
+        return _STEPS
+
+    def indices(self, step: int) -> tuple[list[int], list[int]]:
+        """Of this process's rows of a batch: indices into the source, and example ids.
+
+        The example id is ``epoch * len(source) + index``: ids of one batch differ also where the source
+        is smaller than the batch, and the id modulo the source's length leads back to the example.
+        """
+        length = len(self._source)
+        start = step * self._batch_size + self._first_row
+        indices = [int(self._order[position]) for position in range(start, start + self._rows)]
+        epochs = max((2**31 - 1) // length, 1)  # ids stay in int32
+        ids = [(start + row) // length % epochs * length + index for row, index in enumerate(indices)]
+        return indices, ids
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        indices, ids = self.indices(int(step))
+        made = self._examples(indices, [(self._seed, i) for i in ids])
+        batch = {"example_id": np.array(ids, np.int32), "image": made["image"]}
+        if self._text_length:
+            batch["text_ids"], batch["text_mask"] = self._vocabulary.encode_batch(made["text"], self._text_length)
+        if "label" in made:
+            batch["label"] = np.asarray(made["label"], np.int32)
+        return batch
+
+    def _examples(self, indices: Sequence[int], seeds: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+        if hasattr(self._source, "batch"):
+            return self._source.batch(indices, seeds)
+        if self._pool is None:  # made here, since a pool cannot be sent to another process
+            self._pool = futures.ThreadPoolExecutor(min(os.cpu_count() or 1, _DECODE_THREADS), "decode")
+        examples = list(self._pool.map(self._source.example, indices, seeds))
+        made = {key: [example[key] for example in examples] for key in examples[0]}
+        return {**made, "image": np.stack(made["image"])}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}
+
+
+class Loader:
+    """Iterates over batches start_step, start_step + 1, ... without end, some made ahead in the background.
+
+    Attributes:
+      batches: random access to any batch.
+      step: of the batch that comes next.
+    """
+
+    def __init__(self, batches: Batches, *, start_step: int = 0, prefetch: int = 2, workers: int = 0):
+        self.batches = batches
+        self.step = start_step
+        self._prefetch = max(prefetch, 0)
+        self._workers = workers
+        self._rebuilds = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._iterator = self._build()
+        # At the interpreter's end Grain's own clean-up comes too late.
+        self._finalizer = weakref.finalize(self, self._iterator.close)
+
+    def _build(self) -> Any:
+        dataset = grain.MapDataset.source(self.batches)[self.step :]
+        if not self._workers:
+            options = grain.ReadOptions(num_threads=min(self._prefetch, 4), prefetch_buffer_size=self._prefetch)
+            return iter(dataset.to_iter_dataset(options))
+        if not flags.FLAGS.is_parsed():  # Grain's processes read its flags, and this may be no absl command
+            flags.FLAGS.mark_as_parsed()
+        # One thread a process: the processes are what runs at the same time.
+        dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        options = grain.MultiprocessingOptions(
+            num_workers=self._workers, per_worker_buffer_size=max(self._prefetch // self._workers, 1)
+        )
+        return iter(dataset.mp_prefetch(options))
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        while True:
+            try:
+                batch = next(self._iterator)
+                break
+            except RuntimeError as error:
+                # A loading process was killed (for memory, perhaps). The position is only a number, so start anew.
+                if not self._workers or self._rebuilds == _REBUILDS:
+                    raise
+                self._rebuilds += 1
+                logging.error("Loading processes failed at step %d (%s); starting them again.", self.step, error)
+                self.close()
+                self._start()
+        self.step += 1
+        # Arrays of other processes lie in shared memory that Grain takes back when they are dropped.
+        return {key: np.array(value) for key, value in batch.items()} if self._workers else batch
+
+    def close(self) -> None:
+        """Stops threads and processes; what they had made ahead is lost."""
+        self._finalizer()
+
+
+def make_loader(
+    spec: DataSpec,
+    *,
+    batch_size: int,
+    seed: int,
+    vocabulary: Vocabulary | None = None,
+    split: str = "train",
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    source: Any = None,
+) -> Loader:
+    """The loader that the data section of a config describes.
+
+    Args:
+      spec: the data section.
+      batch_size: global; each process gets its batch_size / process_count rows.
+      seed: with the step, all that decides which examples a batch has.
+      vocabulary: what `muse_jax.data.make_vocabulary` made, or the one a stage was trained with.
+      split: "train" or "eval".
+      start_step: the first batch's number; a loader started there goes on as one started at 0.
+      process_index, process_count: of this process.
+      source: one already made; by default `make_source(spec, split)`.
+
+    Returns:
+      An endless iterator over dicts with `example_id` int32 [b], `image` uint8 [b, h, w, 3], and, where
+      the data and the spec have them, `text_ids` int32 and `text_mask` bool [b, t], `label` int32 [b].
+
+    Raises:
+      ValueError: if text is asked for and there is no vocabulary or there are no captions, or the batch
+        does not divide by the processes.
+    """
+    from muse_jax.data import make_source
+
+    if split not in _SPLIT_STREAM:
+        raise ValueError(f"split is {split!r}; expected 'train' or 'eval'.")
+    source = make_source(spec, split) if source is None else source
+    if spec.text_length and vocabulary is None:
+        raise ValueError("data.text_length asks for text, but no vocabulary was given; pass make_vocabulary(spec).")
+    if spec.text_length and "text" not in source[0]:
+        raise ValueError(f"data.text_length asks for text, but data.name={spec.name!r} gives no captions here.")
+    batches = Batches(
+        source,
+        batch_size=batch_size,
+        seed=seed,
+        vocabulary=vocabulary,
+        text_length=spec.text_length,
+        split=split,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    return Loader(batches, start_step=start_step, prefetch=spec.prefetch, workers=spec.workers)
