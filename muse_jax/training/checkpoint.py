@@ -57,7 +57,8 @@ class Checkpoints:
             probe.write_text("probe")
             probe.rename(self.folder / ".probe-renamed").unlink()
         except OSError as error:
-            raise CheckpointError(f"can't write checkpoints to {self.folder} ({error}); choose another --workdir.") from error
+            problem = f"can't write checkpoints to {self.folder} ({error}); choose another --workdir."
+            raise CheckpointError(problem) from error
 
     def _purge(self) -> None:
         if (self.folder / TRASH).exists():

@@ -11,6 +11,7 @@ from jax.sharding import Sharding
 from muse_jax.training import sharding as shardings
 from muse_jax.training.signals import Signals
 
+_DEPTH = 2  # batches on the devices beside the one in use
 _POLL = 0.1  # seconds between looks at the signals while there is no batch
 
 
@@ -25,28 +26,30 @@ class Feed:
     notice SIGTERM.
     """
 
-    def __init__(self, batches: Iterator[Mapping[str, np.ndarray]], sharding: Sharding, signals: Signals, depth: int = 2):
-        self._ready: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
+    def __init__(self, batches: Iterator[Mapping[str, np.ndarray]], sharding: Sharding, signals: Signals):
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=_DEPTH)
+        self._batches = batches
         self._stop = threading.Event()
         self._signals = signals
         self._sharding = sharding
-        self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True, name="muse_jax feed")
+        self._thread = threading.Thread(target=self._fill, daemon=True, name="muse_jax feed")
         self._thread.start()
 
-    def _fill(self, batches: Iterator[Mapping[str, np.ndarray]]) -> None:
+    def _fill(self) -> None:
         try:
-            for batch in batches:
+            for batch in self._batches:
                 self._put((shardings.put(dict(batch), self._sharding), np.asarray(batch.get("example_id", ()))))
                 if self._stop.is_set():
                     return
-            self._put(DataError("the batches ended before the run did; a loader must go on for as long as it is asked."))
+            self._put(DataError("the batches ended before the run did; a loader must go on without end."))
         except BaseException as error:
             self._put(error)
 
     def _put(self, item: Any) -> None:
         while not self._stop.is_set():
             try:
-                return self._ready.put(item, timeout=_POLL)
+                self._ready.put(item, timeout=_POLL)
+                return
             except queue.Full:
                 continue
 
@@ -63,8 +66,8 @@ class Feed:
         return None
 
     def close(self) -> None:
-        """Lets the thread end."""
+        """Ends the thread, and the loader if it can be closed. A loader that hangs is left behind."""
         self._stop.set()
-        while not self._ready.empty():
-            self._ready.get_nowait()
         self._thread.join(timeout=2)
+        if not self._thread.is_alive() and hasattr(self._batches, "close"):
+            self._batches.close()

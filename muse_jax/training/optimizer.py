@@ -43,9 +43,8 @@ def make_optimizer(spec: OptimizerSpec, labels: Any, axes: Axes, steps: int) -> 
     present = set(trees.named_leaves(labels).values())
     for label in spec.overrides:
         if label not in present:
-            raise SpecError(
-                f"optimizer.overrides.{label}: no parameter has this label; the task's are {', '.join(sorted(present))}."
-            )
+            known = ", ".join(sorted(present))
+            raise SpecError(f"optimizer.overrides.{label}: no parameter has this label; the task's are {known}.")
     transforms = {
         label: optax.set_to_zero() if label == FROZEN else _one(label_spec(spec, label), axes, steps)
         for label in present

@@ -124,12 +124,15 @@ def read_numpy(folder: epath.Path, item: str, stored: Mapping[str, Any]) -> dict
 
 def attempt(read: Callable[[], Any], item: str) -> Any:
     """Calls `read`, twice if need be: a read that fails once may have been the network's fault."""
-    for last in (False, True):
-        try:
-            return read()
-        except (Damaged, *OURS):
-            raise
-        except Exception as error:
-            if last:
-                raise Damaged(f"{item} can't be read ({brief(error)})") from error
-            time.sleep(0.1)
+    try:
+        return read()
+    except (Damaged, *OURS):
+        raise
+    except Exception:
+        time.sleep(0.1)
+    try:
+        return read()
+    except (Damaged, *OURS):
+        raise
+    except Exception as error:
+        raise Damaged(f"{item} can't be read ({brief(error)})") from error

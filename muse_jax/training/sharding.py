@@ -191,8 +191,9 @@ def check_batch(spec: Spec, mesh: Mesh) -> None:
     ways = math.prod(mesh.shape[a] for a in ((parts,) if isinstance(parts, str) else parts))
     micro = spec.train.batch_size // spec.optimizer.accumulate
     if micro % ways:
-        accumulated = f" in {spec.optimizer.accumulate} micro-batches of {micro}" if spec.optimizer.accumulate > 1 else ""
-        multiple = ways * spec.optimizer.accumulate
+        parts = spec.optimizer.accumulate
+        accumulated = f" in {parts} micro-batches of {micro}" if parts > 1 else ""
+        multiple = ways * parts
         fitting = max(1, round(spec.train.batch_size / multiple)) * multiple
         raise SpecError(
             f"train.batch_size {spec.train.batch_size}{accumulated} can't be divided over {ways} devices "

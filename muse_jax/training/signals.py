@@ -21,7 +21,8 @@ class Stopped(Exception):
     """
 
     def __init__(self, number: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}, which is saved; start again to go on")
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} at step {step}, which is saved; start again to go on")
         self.exit_code = 128 + number
         self.step = step
 

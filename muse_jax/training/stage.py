@@ -58,8 +58,7 @@ def load_stage(path: Any) -> Stage:
     folder = _packaged(name.removeprefix(PACKAGED)) if name.startswith(PACKAGED) else epath.Path(name)
     if not folder.exists():
         raise StageError(f"there is no folder {name}; train this stage first, or name the folder that holds it.")
-    spec = _read_spec(folder)
-    vocabulary = _read_json(folder / VOCABULARY) if (folder / VOCABULARY).exists() else None
+    spec, vocabulary = read_description(folder)
     if (folder / PARAMS).exists():
         params, step = _read_safetensors(folder / PARAMS)
     elif (folder / "checkpoints").exists():
@@ -133,10 +132,17 @@ def _read_json(path: epath.Path) -> Any:
         raise StageError(f"{path} is damaged: {error}.") from error
 
 
-def _read_spec(folder: epath.Path) -> specs.Spec:
+def read_description(path: Any) -> tuple[specs.Spec, dict[str, Any] | None]:
+    """The spec and the vocabulary (None without text) of a stage folder.
+
+    Raises:
+      StageError: if they can't be read.
+    """
+    folder = epath.Path(os.fspath(path))
     config = _read_json(folder / CONFIG)
+    vocabulary = _read_json(folder / VOCABULARY) if (folder / VOCABULARY).exists() else None
     try:
-        return specs.from_config(config)
+        return specs.from_config(config), vocabulary
     except specs.SpecError as error:
         raise StageError(f"{folder / CONFIG} doesn't fit this version of muse_jax: {error}") from error
 

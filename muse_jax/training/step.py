@@ -121,10 +121,12 @@ class Program:
         param_norm = optax.tree.norm([p.astype(jnp.float32) for p in jax.tree.leaves(params)])
         finite = jnp.isfinite(_value(metrics["loss"])) & jnp.isfinite(norms["grad_norm"]) & jnp.isfinite(param_norm)
         new = State(state.step + 1, params, optimizer, self._ema(state.ema, params, state.step))
-        new = new._replace(**{
-            name: jax.tree.map(lambda a, b: jnp.where(finite, a, b), getattr(new, name), getattr(state, name))
-            for name in ("params", "optimizer", "ema")
-        })
+        new = new._replace(
+            **{
+                name: jax.tree.map(lambda a, b: jnp.where(finite, a, b), getattr(new, name), getattr(state, name))
+                for name in ("params", "optimizer", "ema")
+            }
+        )
         one = jnp.ones((), jnp.float32)
         extra = {**norms, "param_norm": param_norm, "learning_rate": self.schedule(state.step)}
         metrics |= {name: Total(jnp.asarray(value, jnp.float32), one) for name, value in extra.items()}

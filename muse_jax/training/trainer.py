@@ -193,11 +193,10 @@ class _Run:
         self._log({"compile_seconds": seconds})
 
     def _check_batch(self, batch: Mapping[str, Any]) -> None:
+        size = self.spec.train.batch_size
         for name, leaf in batch.items():
-            if leaf.shape[0] != self.spec.train.batch_size:
-                raise feeds.DataError(
-                    f"the batch has {leaf.shape[0]} examples of {name}; train.batch_size is {self.spec.train.batch_size}."
-                )
+            if leaf.shape[0] != size:
+                raise feeds.DataError(f"the batch has {leaf.shape[0]} examples of {name}; train.batch_size is {size}.")
 
     # ------------------------------------------------------------------------------------- loop
 
@@ -274,8 +273,8 @@ class _Run:
         shown = {name: total / weight if weight else None for name, (total, weight) in sorted(values.items())}
         listed = "; ".join(f"step {step - len(self.bad_ids) + 1 + i}: {ids}" for i, ids in enumerate(self.bad_ids))
         raise NonFiniteError(
-            f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that isn't finite. None of them "
-            f"changed anything. The newest checkpoint is that of step {self.saved}. Metrics of step {step}: {shown}. "
+            f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that isn't finite; none of "
+            f"them changed anything. The newest checkpoint is that of step {self.saved}. Metrics of step {step}: {shown}. "
             f"Example ids: {listed}."
         )
 

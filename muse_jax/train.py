@@ -1,0 +1,125 @@
+"""Trains one stage: python -m muse_jax.train --config=configs/scenes/base.py --workdir=DIR [--config.any.key=value].
+
+The workdir holds all that the run writes. Started again, it goes on from the newest whole checkpoint
+and ends with the same bits as if it had never stopped; a finished run says so and ends.
+
+Exit codes: 0 finished; 1 an error, said in one message where it is the config's or the data's; 143
+stopped by SIGTERM and 130 by Ctrl-C, with everything saved. A signal is heeded at the next step; a
+compilation, a picture being drawn or a checkpoint being written is finished first.
+"""
+
+from muse_jax import process
+
+if __name__ == "__main__":
+    process.reexec_with_malloc_settings()  # before jax is imported
+
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from muse_jax import data, specs
+from muse_jax.training import checkpoint, feed, reading, resume, sharding, signals, trainer
+
+# What a person can mend; said without a traceback.
+MENDABLE = (
+    specs.SpecError,
+    resume.ResumeError,
+    reading.CheckpointError,
+    checkpoint.StageError,
+    feed.DataError,
+    trainer.NonFiniteError,
+)
+
+
+def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool = True) -> trainer.Result:
+    """Trains what the spec says, in the workdir; goes on where a run there stopped.
+
+    Args:
+      spec: from `specs.from_config`.
+      workdir: see `training.trainer.train`, as for all that is raised.
+      tensorboard: whether to write TensorBoard files beside metrics.jsonl.
+      bar: whether to show a progress bar.
+
+    Returns:
+      The last step and its metrics; `was_finished` if there was nothing left to do.
+    """
+    from muse_jax import stages
+
+    finished = trainer.already_finished(spec, workdir)
+    if finished:
+        return finished
+    sharding.check_batch(spec, sharding.make_mesh(spec.mesh))
+    vocabulary = data.make_vocabulary(spec.data)
+    check_vocabulary(spec, vocabulary)
+    task = stages.build_task(spec, checkpoint.load_stage)
+    source = data.make_source(spec.data, "train")
+
+    def loader(split: str, start: int) -> data.Loader:
+        return data.make_loader(
+            spec.data,
+            batch_size=spec.train.batch_size,
+            seed=spec.seed,
+            vocabulary=vocabulary,
+            split=split,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            source=source if split == "train" else None,
+        )
+
+    def eval_batches() -> list[Any]:
+        batches = loader("eval", 0)
+        try:
+            return list(itertools.islice(batches, spec.train.eval_batches))
+        finally:
+            batches.close()
+
+    return trainer.train(
+        spec,
+        task,
+        workdir=workdir,
+        make_batches=lambda start: loader("train", start),
+        eval_batches=eval_batches,
+        data_fingerprint=source.fingerprint(),
+        vocabulary=None if vocabulary is None else vocabulary.to_json(),
+        tensorboard=tensorboard,
+        bar=bar,
+    )
+
+
+def check_vocabulary(spec: specs.Spec, vocabulary: Any) -> None:
+    """Raises SpecError if the data's text ids don't fit the model's text encoder."""
+    text = getattr(spec.model, "text", None)
+    if text is not None and vocabulary is not None and vocabulary.size > text.vocabulary_size:
+        raise specs.SpecError(
+            f"model.text.vocabulary_size is {text.vocabulary_size}, but the vocabulary of the data has "
+            f"{vocabulary.size} entries; set it to at least {vocabulary.size}."
+        )
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    try:
+        result = train(specs.from_config(_CONFIG.value), _WORKDIR.value)
+    except signals.Stopped as stopped:
+        print(f"{stopped}: {_WORKDIR.value}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except MENDABLE as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    state = "was finished already, nothing to do" if result.was_finished else "finished"
+    shown = {name: round(result.metrics[name], 4) for name in ("loss", "eval/loss") if name in result.metrics}
+    print(f"{_WORKDIR.value} {state}: step {result.step}, {shown}")
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that the run writes.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
