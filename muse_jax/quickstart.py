@@ -51,11 +51,6 @@ PROMPTS = (
 )
 EVALUATED = {"": 500, "long": 500, "tiny": 4}  # held-out prompts
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("workdir", "runs/quickstart", "All that the quickstart writes; to go on, give the same again.")
-flags.DEFINE_enum("variant", "", list(EVALUATED), "Variant of the configs: as they are, long, or tiny (for tests).")
-flags.DEFINE_string("configs", "", "Folder with a config for each stage; by default configs/scenes.")
-
 
 class Minutes:
     """Time spent in each part, kept in a file: it adds up over restarts, whatever ended the process."""
@@ -118,14 +113,14 @@ def train_stages(folder: pathlib.Path, variant: str, workdir: pathlib.Path, minu
     """Trains every stage that is not finished; returns each one's steps and last loss."""
     import jax
 
-    from muse_jax import train
+    from muse_jax import specs, train
 
     trained = {}
     for number, stage in enumerate(STAGES, start=1):
         _say(f"[{number}/{len(STAGES)}] {stage}: {workdir / stage}")
-        config = stage_config(folder, stage, variant, workdir)
+        spec = specs.from_config(stage_config(folder, stage, variant, workdir))
         with minutes.spent_on(stage):
-            result = train.train(config, str(workdir / stage))
+            result = train.train(spec, str(workdir / stage))
         trained[stage] = {"steps": result.step, "loss": result.metrics["loss"]}
         if result.was_finished:
             _say(f"      was finished at step {result.step}")
@@ -239,18 +234,25 @@ def _stop(number: int, _frame: Any) -> None:
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    workdir = pathlib.Path(FLAGS.workdir)
-    folder = pathlib.Path(FLAGS.configs) if FLAGS.configs else configs_folder() / "scenes"
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     signal.signal(signal.SIGTERM, _stop)
+    from muse_jax import train
     from muse_jax.training import signals
 
+    workdir = pathlib.Path(_WORKDIR.value)
+    folder = pathlib.Path(_CONFIGS.value) if _CONFIGS.value else configs_folder() / "scenes"
     try:
-        print("\n" + summary(run(folder, FLAGS.variant, workdir), workdir))
+        print("\n" + summary(run(folder, _VARIANT.value, workdir), workdir))
     except (signals.Stopped, KeyboardInterrupt) as stopped:
         print(f"\n{stopped or 'stopped'}\nThe same command goes on from here.", file=sys.stderr)
         sys.exit(getattr(stopped, "exit_code", 130))
+    except (*train.MENDABLE, FileNotFoundError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Holds all that is written; the same again goes on.")
+    _VARIANT = flags.DEFINE_enum("variant", "", list(EVALUATED), "Of the configs: as they are, long, or tiny (tests).")
+    _CONFIGS = flags.DEFINE_string("configs", "", "Folder with a config for each stage; by default configs/scenes.")
     app.run(main)
