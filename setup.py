@@ -45,6 +45,7 @@ setuptools.setup(
         "tensorflow>=2.21",
         "tensorboard>=2.20",
         "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6.0",  # TFDS imports it for a builder in a file, and does not ask for it
         "seqio>=0.0.20",
         "sentencepiece>=0.2.1",
         "ml-collections>=1.1.0",

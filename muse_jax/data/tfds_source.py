@@ -1,0 +1,185 @@
+"""Any TFDS data set with an image and a text or label feature, through `tfds.data_source`.
+
+Nothing here imports TensorFlow. TFDS itself does where it downloads and prepares a data set, which
+happens at the first use of one that is not in the data directory yet.
+"""
+
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from muse_jax.data import transforms
+from muse_jax.data.substitutes import Substitutes
+from muse_jax.specs import DataSpec
+
+
+class TFDSSource:
+    """The examples of a TFDS split, by index; see `muse_jax.data.make_source`.
+
+    A label's name, with spaces for underscores, is its text. Of several captions of a picture the
+    example's seed chooses one. The label is in the examples too, if it is the text, or if the data set has
+    just one label feature.
+
+    Args:
+      spec: `dataset`, `path` (the data_dir; empty is TFDS's own), `split` and `eval_split` (slices such as
+        "train[:90%]" too), `image_key` and `text_key` (features of a feature as "captions/text") are read.
+      split: "train" or "eval".
+
+    Raises:
+      ValueError: if a key is wrong (lists the data set's features), or the data were prepared in a
+        format without random access.
+    """
+
+    def __init__(self, spec: DataSpec, split: str = "train"):
+        import tensorflow_datasets as tfds  # late: only this source needs it
+
+        if not spec.dataset:
+            raise ValueError("data.dataset is empty; name a TFDS data set, such as 'cifar10'.")
+        self._spec = spec
+        self._split = spec.eval_split if split == "eval" else spec.split
+        directory = spec.path or None
+        try:
+            builder = tfds.builder(spec.dataset, data_dir=directory)
+        except tfds.core.DatasetNotFoundError as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(f"data.dataset {spec.dataset!r} is not in {directory or 'TFDS'}: {first}") from error
+        self._features = builder.info.features
+        self._image = self._feature(spec.image_key, "image_key", (tfds.features.Image,))
+        self._text = None
+        if spec.text_key:
+            self._text = self._feature(spec.text_key, "text_key", (tfds.features.Text, tfds.features.ClassLabel))
+        elif spec.text_length:
+            raise ValueError(f"data.text_key is empty; name the feature with the captions. {self._listed()}")
+        self._label_key = self._find_label(tfds.features.ClassLabel)
+        # Encoded pictures are decoded here, with what is known of odd files; other types by TFDS.
+        self._encoded = np.dtype(self._image.np_dtype) == np.uint8 and "/" not in spec.image_key
+        decoders = {spec.image_key: tfds.decode.SkipDecoding()} if self._encoded else None
+        self._data = self._open(tfds, decoders, directory)
+        self._name = f"{builder.info.full_name}/{self._split}"
+        self._substitutes = Substitutes(len(self._data), lambda i: f"example {i} of {self._name}")
+
+    def _open(self, tfds: Any, decoders: Any, directory: str | None) -> Any:
+        try:
+            return tfds.data_source(self._spec.dataset, split=self._split, data_dir=directory, decoders=decoders)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{self._spec.dataset} is prepared in a format without random access; prepare it again with "
+                "`tfds build ... --file_format=array_record`, or choose another data.path."
+            ) from error
+        except (KeyError, ValueError) as error:  # an unknown split or slice
+            raise ValueError(f"data.split {self._split!r} of {self._spec.dataset} cannot be read: {error}") from error
+
+    def _listed(self) -> str:
+        return (
+            "It has the features " + ", ".join(sorted(f"{key} ({_kind(f)})" for key, f in _flat(self._features))) + "."
+        )
+
+    def _feature(self, key: str, name: str, kinds: tuple[type, ...]) -> Any:
+        feature = dict(_flat(self._features)).get(key)
+        if feature is None:
+            raise ValueError(f"data.{name} is {key!r}, which {self._spec.dataset} lacks. {self._listed()}")
+        if not isinstance(_inner(feature), kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"data.{name} is {key!r}, of type {_kind(feature)}; expected {wanted}. {self._listed()}")
+        return feature
+
+    def _find_label(self, kind: type) -> str:
+        if isinstance(self._text, kind) and "/" not in self._spec.text_key:
+            return self._spec.text_key
+        labels = [key for key, feature in _flat(self._features) if isinstance(feature, kind) and "/" not in key]
+        return labels[0] if len(labels) == 1 else ""
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.example(index, (index,))
+
+    def example(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
+        """The picture, text and label of an example; `seed` draws the crop, the flip and the caption."""
+        return self._substitutes.read(index, lambda i: self._example(i, seed))
+
+    def _example(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
+        record = self._data[index]
+        made = {"image": self._pixels(_get(record, self._spec.image_key), seed)}
+        if self._text is not None:
+            made["text"] = self._caption(_get(record, self._spec.text_key), seed)
+        if self._label_key:
+            made["label"] = int(_get(record, self._label_key))
+        return made
+
+    def _pixels(self, value: Any, seed: tuple[int, ...]) -> np.ndarray:
+        spec = self._spec
+        crop = {"crop": spec.crop, "flip": spec.flip, "seed": seed}
+        if self._encoded:
+            return transforms.decode(io.BytesIO(value), spec.image_size, **crop)
+        return transforms.crop_of_example(transforms.to_rgb(_image(np.asarray(value))), spec.image_size, **crop)
+
+    def _caption(self, value: Any, seed: tuple[int, ...]) -> str:
+        if _is_many(value):
+            if len(value) == 0:
+                return ""
+            value = value[int(np.random.default_rng((*seed, 1)).integers(len(value)))]
+        return _as_text(_inner(self._text), value)
+
+    def captions(self) -> Iterator[str]:
+        """Every caption of the split; of labels, the names."""
+        inner = _inner(self._text)
+        if hasattr(inner, "int2str"):
+            return (_as_text(inner, i) for i in range(inner.num_classes))
+        values = (_get(self._data[i], self._spec.text_key) for i in range(len(self)))
+        return (_as_text(inner, v) for value in values for v in (value if _is_many(value) else [value]))
+
+    def fingerprint(self) -> str:
+        """Name, configuration and version of the data set, the split and its number of examples."""
+        return f"tfds:{self._name}:{len(self)}"
+
+
+def _flat(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("captions/text", feature) of every feature; what is within a sequence is listed as such."""
+    for key, feature in features.items():
+        inner = _inner(feature)
+        if hasattr(inner, "items"):
+            yield from _flat(inner, f"{prefix}{key}/")
+        else:
+            yield prefix + key, feature
+
+
+def _inner(feature: Any) -> Any:
+    """A sequence's feature, else the feature itself."""
+    return feature.feature if hasattr(feature, "feature") else feature
+
+
+def _kind(feature: Any) -> str:
+    return type(_inner(feature)).__name__
+
+
+def _get(record: Mapping[str, Any], key: str) -> Any:
+    for part in key.split("/"):
+        record = record[part]
+    return record
+
+
+def _is_many(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _as_text(feature: Any, value: Any) -> str:
+    if hasattr(feature, "int2str"):
+        return feature.int2str(int(value)).replace("_", " ")
+    value = value.item() if isinstance(value, np.ndarray) else value
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _image(values: np.ndarray) -> Image.Image:
+    """An array [h, w, c] of whatever type as a Pillow image; floats are in [0, 1]."""
+    if values.dtype.kind == "f":
+        values = np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8)
+    if values.shape[-1] == 1:
+        return Image.fromarray(values[..., 0])
+    if values.dtype != np.uint8:
+        values = (values.astype(np.float32) * (255 / 65535) + 0.5).astype(np.uint8)
+    return Image.fromarray(values)
