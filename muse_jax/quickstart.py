@@ -16,11 +16,9 @@ if __name__ == "__main__":
 
 import contextlib
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import pathlib
-import platform
 import signal
 import sys
 import threading
@@ -152,33 +150,28 @@ def run(folder: pathlib.Path, variant: str, workdir: pathlib.Path) -> dict[str, 
       variant: of the configs.
       workdir: all that is written; what is finished there is not done again.
     """
+    from muse_jax.assemble import assemble, versions
+
     workdir.mkdir(parents=True, exist_ok=True)
     minutes = Minutes(workdir / "minutes.json")
     stages = train_stages(folder, variant, workdir, minutes)
+    command = "python -m muse_jax.quickstart" + (f" --variant={variant}" if variant else "")
     with minutes.spent_on("pipeline"):
-        pipeline, manifest = assemble(folder, variant, workdir)
+        pipeline = assemble(workdir, workdir / "pipeline", command=command)
     _say("drawing samples")
     with minutes.spent_on("pictures"):
         draw(pipeline, workdir)
     _say(f"measuring on {EVALUATED[variant]} held-out prompts")
     with minutes.spent_on("evaluation"):
         figures = measure(pipeline, EVALUATED[variant])
+    with minutes.spent_on("pipeline"):
+        assemble(workdir, workdir / "pipeline", command=command, figures=figures)
     for stage, values in stages.items():
         values["minutes"] = round(minutes.parts[stage], 3)
-    report = {"minutes": round(sum(minutes.parts.values()), 3), "stages": stages, **figures, **manifest}
+    total = {"minutes": round(sum(minutes.parts.values()), 3), "stages": stages}
+    report = {**total, **figures, "command": command, "versions": versions()}
     write_json(workdir / "report.json", report)
     return report
-
-
-def assemble(folder: pathlib.Path, variant: str, workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
-    """Puts the trained stages together in workdir/pipeline; returns the pipeline and its manifest."""
-    from muse_jax.sampling.pipeline import MusePipeline
-
-    seed = stage_config(folder, "base", variant, workdir).seed
-    command = "python -m muse_jax.quickstart" + (f" --variant={variant}" if variant else "")
-    manifest = {"command": command, "seed": seed, "versions": versions()}
-    MusePipeline.assemble({stage: str(workdir / stage) for stage in STAGES}, workdir / "pipeline", manifest=manifest)
-    return MusePipeline.load(workdir / "pipeline"), manifest
 
 
 def measure(pipeline: Any, count: int) -> dict[str, Any]:
@@ -186,16 +179,6 @@ def measure(pipeline: Any, count: int) -> dict[str, Any]:
     from muse_jax import evaluate
 
     return evaluate.evaluate(pipeline, count=count)
-
-
-def versions() -> dict[str, str]:
-    """Of what decides about the bits."""
-    names = ("muse_jax", "jax", "jaxlib", "flax", "optax")
-    found = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return {"python": platform.python_version(), **found}
 
 
 def summary(report: Mapping[str, Any], workdir: pathlib.Path) -> str:

@@ -1,0 +1,93 @@
+"""Puts trained stages together in one folder that can be sampled from.
+
+    python -m muse_jax.assemble --stages=runs/emoji --pipeline=runs/emoji/pipeline [--dtype=float16]
+
+--stages holds a folder for each stage: tokenizer_low, tokenizer_high, base, superres and, if there is
+one, decoder; workdirs of runs, or stage folders. Of a quickstart's folder the figures of its
+report.json go into the pipeline's manifest.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from absl import app, flags
+
+from muse_jax.sampling import folder as pipeline_folder
+from muse_jax.sampling.pipeline import MusePipeline
+from muse_jax.training import checkpoint, reading
+
+FIGURES = ("tokenizers", "prompts")  # of report.json
+
+
+def assemble(
+    stages: pathlib.Path, out: pathlib.Path, *, command: str, figures: Mapping[str, Any] | None = None, dtype: str = ""
+) -> MusePipeline:
+    """Writes the pipeline folder `out` from the folders below `stages`, and returns it opened.
+
+    Args:
+      stages: holds a folder for each stage.
+      out: replaced if it is a pipeline already.
+      command: what made the stages, for the manifest.
+      figures: measured on the pipeline, for the manifest.
+      dtype: what the parameters are stored as; "" as they are.
+
+    Raises:
+      PipelineError, StageError: if a stage is missing or damaged, or two don't fit.
+    """
+    found = {name: stages / name for name in pipeline_folder.STAGES if (stages / name).is_dir()}
+    missing = [name for name in pipeline_folder.NEEDED if name not in found]
+    if missing:
+        raise pipeline_folder.PipelineError(
+            f"{stages} has no folder for {' and '.join(missing)}; train it with --workdir={stages / missing[0]}."
+        )
+    specs = {name: checkpoint.load_stage(str(path)).spec for name, path in found.items()}
+    manifest = {
+        "command": command,
+        "seed": specs["base"].seed,
+        "steps": {name: spec.train.steps for name, spec in specs.items()},
+        "versions": versions(),
+        "figures": dict(figures or {}),
+    }
+    return MusePipeline.assemble(out, {n: str(path) for n, path in found.items()}, manifest=manifest, dtype=dtype)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides about the bits."""
+    found = {"python": platform.python_version()}
+    for name in ("muse_jax", "jax", "jaxlib", "flax", "optax"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    stages, out = pathlib.Path(_STAGES.value), pathlib.Path(_PIPELINE.value)
+    report = stages / "report.json"
+    figures = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+    command = figures.get("command", f"python -m muse_jax.train for each stage of {stages.name}")
+    try:
+        assemble(
+            stages, out, command=command, figures={k: figures[k] for k in FIGURES if k in figures}, dtype=_DTYPE.value
+        )
+    except (pipeline_folder.PipelineError, checkpoint.StageError, reading.CheckpointError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {size / 2**20:.1f} MiB. To sample from it:")
+    print(f'  python -m muse_jax.sample --pipeline={out} --prompt="..."')
+
+
+if __name__ == "__main__":
+    _STAGES = flags.DEFINE_string("stages", None, "Holds a folder for each trained stage.")
+    _PIPELINE = flags.DEFINE_string("pipeline", None, "The folder to write; a pipeline that is there is replaced.")
+    _DTYPE = flags.DEFINE_enum("dtype", "", ["", "float16", "float32"], "What the parameters are stored as.")
+    flags.mark_flags_as_required(["stages", "pipeline"])
+    app.run(main)
