@@ -19,6 +19,15 @@ def kernel_init(names: Sequence[str], fan_in_axes: Sequence[int], scale: float =
     return nn.with_logical_partitioning(init, tuple(names))
 
 
+def product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """``x @ kernel``, as a product of two matrices.
+
+    With the leading axes flattened, the kernel's gradient contracts one axis instead of several,
+    which XLA's CPU backend does at twice the rate or more.
+    """
+    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Dense(nn.Module):
     """``x @ kernel`` over the last axis; no bias unless asked for."""
 
@@ -31,7 +40,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", kernel_init(self.names, (0,), self.scale), (x.shape[-1], self.features))
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.names[1:])
             y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
@@ -64,7 +73,7 @@ class HeadProjection(nn.Module):
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b h d"]:
         init = kernel_init((axes.EMBED, axes.HEADS, axes.HEAD_DIM), (0,))
         kernel = self.param("kernel", init, (x.shape[-1], self.heads, self.head_dim)).astype(self.dtype)
-        flat = jnp.dot(x.astype(self.dtype), kernel.reshape(x.shape[-1], -1))
+        flat = product(x.astype(self.dtype), kernel.reshape(x.shape[-1], -1))
         return flat.reshape(*x.shape[:-1], self.heads, self.head_dim)
 
 
@@ -80,7 +89,7 @@ class OutProjection(nn.Module):
         init = kernel_init((axes.HEADS, axes.HEAD_DIM, axes.EMBED), (0, 1), self.scale)
         kernel = self.param("kernel", init, (*x.shape[-2:], self.features)).astype(self.dtype)
         flat = x.astype(self.dtype).reshape(*x.shape[:-2], -1)
-        return jnp.dot(flat, kernel.reshape(-1, self.features))
+        return product(flat, kernel.reshape(-1, self.features))
 
 
 def attend(

@@ -72,8 +72,10 @@ class _Projection(nn.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         init = nn.with_logical_partitioning(self.init, self.names)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        product = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-        return product.astype(self.out_dtype or self.dtype)
+        # Flat, because the kernel's gradient is then a product of two matrices (see layers.product).
+        flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        y = jnp.dot(flat, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        return y.astype(self.out_dtype or self.dtype).reshape(*x.shape[:-1], self.features)
 
 
 class _RelativePositionBias(nn.Module):
