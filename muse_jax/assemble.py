@@ -7,17 +7,15 @@ one, decoder; workdirs of runs, or stage folders. Of a quickstart's folder the f
 report.json go into the pipeline's manifest.
 """
 
-import contextlib
-import importlib.metadata
 import json
 import pathlib
-import platform
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from absl import app, flags
 
+from muse_jax.evaluate import versions
 from muse_jax.sampling import folder as pipeline_folder
 from muse_jax.sampling.pipeline import MusePipeline
 from muse_jax.training import checkpoint, reading
@@ -55,15 +53,6 @@ def assemble(
         "figures": dict(figures or {}),
     }
     return MusePipeline.assemble(out, {n: str(path) for n, path in found.items()}, manifest=manifest, dtype=dtype)
-
-
-def versions() -> dict[str, str]:
-    """Of what decides about the bits."""
-    found = {"python": platform.python_version()}
-    for name in ("muse_jax", "jax", "jaxlib", "flax", "optax"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def main(argv: list[str]) -> None:

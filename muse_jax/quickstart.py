@@ -2,7 +2,7 @@
 
     python -m muse_jax.quickstart                              # 15 minutes on 2 CPU cores
     python -m muse_jax.quickstart --variant=long               # better pictures: up to 2 hours
-    python -m muse_jax.quickstart --workdir=DIR
+    python -m muse_jax.quickstart --configs=configs/pictures --data_path=FOLDER --workdir=DIR
 
 Every stage is trained by the same function as `python -m muse_jax.train`, from configs/scenes/*.py.
 Stopped at any point and started again it goes on. In the workdir: a folder for each stage,
@@ -15,6 +15,7 @@ if __name__ == "__main__":
     process.reexec_with_malloc_settings()
 
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import json
@@ -28,6 +29,7 @@ from typing import Any
 
 from absl import app, flags
 
+_BEGAN = time.monotonic()  # before the imports that take seconds
 # In the order of training; a stage's config says in which of these keys it wants an earlier one.
 STAGES: dict[str, dict[str, str]] = {
     "tokenizer_low": {},
@@ -50,12 +52,33 @@ PROMPTS = (
 EVALUATED = {"": 500, "long": 500, "tiny": 4}  # held-out prompts
 
 
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the flags say."""
+
+    configs: pathlib.Path  # folder with a config for each stage
+    variant: str  # of these configs
+    workdir: pathlib.Path  # holds all that is written; what is finished there is not done again
+    data_path: str = ""  # instead of the configs' data.path
+
+    @property
+    def command(self) -> str:
+        """For the manifest."""
+        given = {"variant": self.variant, "data_path": self.data_path}
+        return " ".join(["python -m muse_jax.quickstart", *(f"--{k}={v}" for k, v in given.items() if v)])
+
+
 class Minutes:
     """Time spent in each part, kept in a file: it adds up over restarts, whatever ended the process."""
 
     def __init__(self, path: pathlib.Path, every: float = 2.0):
         self._path, self._every = path, every
         self.parts: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def add(self, part: str, seconds: float) -> None:
+        """Counts time that has passed already."""
+        self.parts[part] = self.parts.get(part, 0.0) + seconds / 60
+        write_json(self._path, self.parts)
 
     @contextlib.contextmanager
     def spent_on(self, part: str) -> Iterator[None]:
@@ -93,46 +116,60 @@ def configs_folder() -> pathlib.Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
-def stage_config(folder: pathlib.Path, stage: str, variant: str, workdir: pathlib.Path) -> Any:
+def stage_config(where: Setup, stage: str) -> Any:
     """The config of a stage, reading the stages before it from the workdir."""
-    path = folder / f"{stage}.py"
+    path = where.configs / f"{stage}.py"
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; --configs must name a folder with a config for each stage.")
     spec = importlib.util.spec_from_file_location(f"muse_jax_config_{stage}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config(variant)
+    config = module.get_config(where.variant)
     for key, earlier in STAGES[stage].items():
-        config.task[key] = str(workdir / earlier)
+        config.task[key] = str(where.workdir / earlier)
+    if where.data_path:
+        config.data.path = where.data_path
     return config
 
 
-def train_stages(folder: pathlib.Path, variant: str, workdir: pathlib.Path, minutes: Minutes) -> dict[str, Any]:
-    """Trains every stage that is not finished; returns each one's steps and last loss."""
+def train_stages(where: Setup, minutes: Minutes) -> tuple[dict[str, Any], bool]:
+    """Trains what is not finished; returns each stage's steps and last loss, and whether all were finished."""
     import jax
 
     from muse_jax import specs, train
 
-    trained = {}
+    trained, finished = {}, []
     for number, stage in enumerate(STAGES, start=1):
-        _say(f"[{number}/{len(STAGES)}] {stage}: {workdir / stage}")
-        spec = specs.from_config(stage_config(folder, stage, variant, workdir))
+        _say(f"[{number}/{len(STAGES)}] {stage}: {where.workdir / stage}")
+        spec = specs.from_config(stage_config(where, stage))
         with minutes.spent_on(stage):
-            result = train.train(spec, str(workdir / stage))
+            result = train.train(spec, str(where.workdir / stage))
         trained[stage] = {"steps": result.step, "loss": result.metrics["loss"]}
+        finished.append(result.was_finished)
         if result.was_finished:
             _say(f"      was finished at step {result.step}")
         jax.clear_caches()  # of programs that no other stage runs
         gc.collect()
-    return trained
+    return trained, all(finished)
 
 
-def draw(pipeline: Any, workdir: pathlib.Path, prompts: tuple[str, ...] = PROMPTS) -> None:
+def prompts_for(pipeline: Any) -> list[str]:
+    """Prompts to draw: our own for scenes, captions that training held out for other pictures."""
+    from muse_jax import data
+
+    spec = pipeline.stages["base"].spec.data
+    if spec.name == "scenes":
+        return list(PROMPTS)
+    source = data.make_source(spec, "eval")
+    return [source[index]["text"] for index in range(min(len(source), len(PROMPTS)))]
+
+
+def draw(pipeline: Any, workdir: pathlib.Path, prompts: list[str]) -> None:
     """Writes samples.png, decoding.png and curves.png."""
     from muse_jax import figures
     from muse_jax.training import logs
 
-    output = pipeline(list(prompts), seed=0, output_type="uint8", history=True)
+    output = pipeline(prompts, seed=0, output_type="uint8", history=True)
     figures.samples(workdir / "samples.png", prompts, {title: getattr(output, name) for name, title in TITLES.items()})
     rows = {
         name: [figures.cover_masked(image, masked) for image, masked in zip(*frames, strict=True)]
@@ -142,66 +179,62 @@ def draw(pipeline: Any, workdir: pathlib.Path, prompts: tuple[str, ...] = PROMPT
     figures.curves(workdir / "curves.png", {stage: logs.read_metrics(workdir / stage) for stage in STAGES})
 
 
-def run(folder: pathlib.Path, variant: str, workdir: pathlib.Path) -> dict[str, Any]:
+def run(where: Setup) -> dict[str, Any]:
     """The whole quickstart; returns what report.json holds.
 
-    Args:
-      folder: a config for each stage.
-      variant: of the configs.
-      workdir: all that is written; what is finished there is not done again.
+    Raises:
+      SpecError, ResumeError, ...: as `train.train` does.
     """
-    from muse_jax.assemble import assemble, versions
+    from muse_jax.training import resume
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    minutes = Minutes(workdir / "minutes.json")
-    stages = train_stages(folder, variant, workdir, minutes)
-    command = "python -m muse_jax.quickstart" + (f" --variant={variant}" if variant else "")
+    with resume.lock(where.workdir):
+        minutes = Minutes(where.workdir / "minutes.json")
+        minutes.add("startup", time.monotonic() - _BEGAN)
+        stages, all_were_finished = train_stages(where, minutes)
+        done = where.workdir / "report.json"
+        if all_were_finished and done.exists():
+            return json.loads(done.read_text(encoding="utf-8"))
+        report = finish(where, minutes)
+        for stage, values in stages.items():
+            values["minutes"] = round(minutes.parts[stage], 3)
+        total = {"minutes": round(sum(minutes.parts.values()), 3), "stages": stages}
+        write_json(done, {**total, **report})
+        return {**total, **report}
+
+
+def finish(where: Setup, minutes: Minutes) -> dict[str, Any]:
+    """Makes the pipeline of the trained stages, draws from it and measures it."""
+    from muse_jax.assemble import assemble
+    from muse_jax.evaluate import evaluate, versions
+
     with minutes.spent_on("pipeline"):
-        pipeline = assemble(workdir, workdir / "pipeline", command=command)
+        pipeline = assemble(where.workdir, where.workdir / "pipeline", command=where.command)
     _say("drawing samples")
     with minutes.spent_on("pictures"):
-        draw(pipeline, workdir)
-    _say(f"measuring on {EVALUATED[variant]} held-out prompts")
+        prompts = prompts_for(pipeline)
+        draw(pipeline, where.workdir, prompts)
+    _say(f"measuring on {EVALUATED[where.variant]} held-out prompts")
     with minutes.spent_on("evaluation"):
-        figures = measure(pipeline, EVALUATED[variant])
-    with minutes.spent_on("pipeline"):
-        assemble(workdir, workdir / "pipeline", command=command, figures=figures)
-    for stage, values in stages.items():
-        values["minutes"] = round(minutes.parts[stage], 3)
-    total = {"minutes": round(sum(minutes.parts.values()), 3), "stages": stages}
-    report = {**total, **figures, "command": command, "versions": versions()}
-    write_json(workdir / "report.json", report)
-    return report
-
-
-def measure(pipeline: Any, count: int) -> dict[str, Any]:
-    """The figures of `python -m muse_jax.evaluate`."""
-    from muse_jax import evaluate
-
-    return evaluate.evaluate(pipeline, count=count)
+        figures = evaluate(pipeline, EVALUATED[where.variant])
+    with minutes.spent_on("pipeline"):  # again, with the figures in its manifest
+        assemble(where.workdir, where.workdir / "pipeline", command=where.command, figures=figures)
+    return {**figures, "prompt": prompts[0], "command": where.command, "versions": versions()}
 
 
 def summary(report: Mapping[str, Any], workdir: pathlib.Path) -> str:
     """What the quickstart says at its end."""
-    prompts, tokenizers = report["prompts"], report["tokenizers"]
-    lines = [f"{'stage':<16}{'steps':>7}{'loss':>9}{'minutes':>9}"]
-    lines += [f"{n:<16}{s['steps']:>7}{s['loss']:>9.4f}{s['minutes']:>9.1f}" for n, s in report["stages"].items()]
-    lines += ["", f"{'reconstruction':<16}{'PSNR':>7}{'SSIM':>9}{'codes':>9}{'statements read right':>25}"]
-    lines += [
-        f"{n:<16}{t['psnr']:>7.1f}{t['ssim']:>9.3f}{t['codebook_used']:>9.0%}{t['statements']:>25.1%}"
-        for n, t in tokenizers.items()
-    ]
+    from muse_jax import evaluate
+
+    lines = [f"{'stage':<22}{'steps':>7}{'loss':>9}{'minutes':>9}"]
+    lines += [f"{n:<22}{s['steps']:>7}{s['loss']:>9.4f}{s['minutes']:>9.1f}" for n, s in report["stages"].items()]
     lines += [
         "",
-        f"on {prompts['count']} held-out prompts {prompts['statements']:.1%} of the statements are true "
-        f"({prompts['statements_unguided']:.1%} without guidance,",
-        f"{prompts['statements_held_out']:.1%} where colour and shape were never seen together), "
-        f"and {prompts['all_statements']:.1%} of the pictures have every one true",
+        evaluate.table(report),
         "",
         f"{report['minutes']:.1f} minutes in all. Look at",
         *(f"  {workdir / name}" for name in ("samples.png", "decoding.png", "curves.png", "report.json")),
         "and draw your own:",
-        f'  python -m muse_jax.sample --pipeline={workdir / "pipeline"} --prompt="{PROMPTS[0]}"',
+        f'  python -m muse_jax.sample --pipeline={workdir / "pipeline"} --prompt="{report["prompt"]}"',
     ]
     return "\n".join(lines)
 
@@ -212,6 +245,7 @@ def _say(text: str) -> None:
 
 def _stop(number: int, _frame: Any) -> None:
     """SIGTERM between the stages; the trainer has its own way while it trains."""
+    print("\nstopped by SIGTERM\nThe same command goes on from here.", file=sys.stderr)
     sys.exit(128 + number)
 
 
@@ -223,9 +257,10 @@ def main(argv: list[str]) -> None:
     from muse_jax.training import signals
 
     workdir = pathlib.Path(_WORKDIR.value)
-    folder = pathlib.Path(_CONFIGS.value) if _CONFIGS.value else configs_folder() / "scenes"
+    configs = pathlib.Path(_CONFIGS.value) if _CONFIGS.value else configs_folder() / "scenes"
+    where = Setup(configs, _VARIANT.value, workdir, _DATA_PATH.value)
     try:
-        print("\n" + summary(run(folder, _VARIANT.value, workdir), workdir))
+        print("\n" + summary(run(where), workdir))
     except (signals.Stopped, KeyboardInterrupt) as stopped:
         print(f"\n{stopped or 'stopped'}\nThe same command goes on from here.", file=sys.stderr)
         sys.exit(getattr(stopped, "exit_code", 130))
@@ -238,4 +273,5 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Holds all that is written; the same again goes on.")
     _VARIANT = flags.DEFINE_enum("variant", "", list(EVALUATED), "Of the configs: as they are, long, or tiny (tests).")
     _CONFIGS = flags.DEFINE_string("configs", "", "Folder with a config for each stage; by default configs/scenes.")
+    _DATA_PATH = flags.DEFINE_string("data_path", "", "Folder of pictures, for configs that need one.")
     app.run(main)
