@@ -262,7 +262,7 @@ def main(argv: list[str]) -> None:
     try:
         print("\n" + summary(run(where), workdir))
     except (signals.Stopped, KeyboardInterrupt) as stopped:
-        print(f"\n{stopped or 'stopped'}\nThe same command goes on from here.", file=sys.stderr)
+        print(f"\n{str(stopped) or 'stopped'}\nThe same command goes on from here.", file=sys.stderr)
         sys.exit(getattr(stopped, "exit_code", 130))
     except (*train.MENDABLE, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

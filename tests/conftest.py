@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 # Before anything imports jax: the number of devices is fixed when its backend starts. Child
 # processes inherit the environment, so commands under test run on the same devices and find this
@@ -30,3 +32,13 @@ def _eight_devices():
 def root() -> pathlib.Path:
     """The checkout: configs/, README.md and the package."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_quickstart(tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """The workdir of a quickstart on the tiny variant, and what it said. Read it only."""
+    workdir = tmp_path_factory.mktemp("quickstart") / "run"
+    command = [sys.executable, "-m", "muse_jax.quickstart", "--variant=tiny", f"--workdir={workdir}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return workdir, done.stdout
