@@ -152,9 +152,12 @@ def _scan(root: str, files: tuple[tuple[str, int, int], ...], text_key: str, nee
     elif keys:
         captions.notes.append("No picture has a caption; that is enough for a tokenizer.")
     skipped = {reason: tuple(names) for reason, names in skipped.items() if names}
-    result = Scan(root, tuple(keys), tuple(texts), tuple(sizes), skipped, tuple(captions.finish()))
-    (logging.warning if result.skipped or result.notes else logging.info)("%s", result.summary())
-    return result
+    return Scan(root, tuple(keys), tuple(texts), tuple(sizes), skipped, tuple(captions.finish()))
+
+
+@functools.lru_cache(maxsize=64)
+def _log_once(summary: str, level: int) -> None:
+    logging.log(level, "%s", summary)
 
 
 def _header_fault(path: str) -> str:
@@ -215,6 +218,7 @@ class FolderSource:
 
     def __init__(self, spec: DataSpec, split: str = "train"):
         self.scan = scan(spec.path, text_key=spec.text_key or "text", needs_text=spec.text_length > 0)
+        _log_once(self.scan.summary(), logging.WARNING if self.scan.skipped or self.scan.notes else logging.INFO)
         self._spec = spec
         self._positions = np.array(split_positions(self.scan, split, spec.split, spec.eval_split), np.int64)
         self._has_text = any(self.scan.captions)
@@ -274,7 +278,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
     parser.add_argument("--text_key", default="text", help="the captions' column in metadata files")
     options = parser.parse_args(arguments)
-    logging.set_verbosity(logging.ERROR)  # what the scan would log is printed below
     found = scan(options.folder, text_key=options.text_key, needs_text=False)
     for reason, names in sorted(found.skipped.items()):
         for name in names:

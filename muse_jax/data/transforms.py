@@ -1,10 +1,10 @@
 """Pictures of any size and mode to uint8 RGB squares."""
 
 import contextlib
+import io
 import os
 import threading
 import warnings
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -37,7 +37,7 @@ class UnusableError(ValueError):
         self.reason = reason
 
 
-def open_image(file: str | BinaryIO) -> Image.Image:
+def open_image(file: str | io.IOBase) -> Image.Image:
     """Reads a picture's header; its pixels are decoded when they are first used.
 
     Raises:
@@ -63,7 +63,7 @@ def _make_bombs_errors() -> None:
         warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def decode(file: str | BinaryIO, size: int, **crop) -> UInt8[np.ndarray, "size size 3"]:
+def decode(file: str | io.IOBase, size: int, **crop) -> UInt8[np.ndarray, "size size 3"]:
     """A picture file as an upright RGB square; `crop` as in `crop_of_example`.
 
     The first frame of an animation; colour profiles are not applied.
