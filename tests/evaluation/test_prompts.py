@@ -120,9 +120,7 @@ def _variants(item):
     for field in ("shape", "color", "size"):
         changed = dataclasses.replace(item.groups[0], **{field: other[getattr(item.groups[0], field)]})
         scale = (0.19 if changed.size == "small" else 0.31) if field == "size" else None
-        things = tuple(
-            dataclasses.replace(t, diameter=scale) if scale and t.group == 0 else t for t in item.objects
-        )
+        things = tuple(dataclasses.replace(t, diameter=scale) if scale and t.group == 0 else t for t in item.objects)
         yield f"{field} 1", dataclasses.replace(item, groups=(changed, *item.groups[1:]), objects=things)
     if item.relation:
         flipped = tuple(dataclasses.replace(t, x=1 - t.x, y=1 - t.y) for t in item.objects)

@@ -40,7 +40,9 @@ def _noisy(pictures, sigma):
 
 def _two(first, second, background="white", centers=((0.3, 0.5), (0.7, 0.5)), diameters=(0.32, 0.19)):
     """A scene of two groups of one, put where a test wants them."""
-    groups = tuple(scenes.Group(1, "large" if d > 0.25 else "small", *g) for g, d in zip((first, second), diameters, strict=True))
+    groups = tuple(
+        scenes.Group(1, "large" if d > 0.25 else "small", *g) for g, d in zip((first, second), diameters, strict=True)
+    )
     things = tuple(scenes.SceneObject(i, *centers[i], diameters[i]) for i in range(2))
     return scenes.Scene(background, groups, "left", things, "")
 

@@ -1,0 +1,358 @@
+"""Measures a pipeline: how well its pictures follow prompts, and what its tokenizers lose.
+
+    python -m muse_jax.evaluate --pipeline=DIR [--num_prompts=500 --seed=0 --out=FILE]
+
+Held-out prompts of generated scenes are drawn with the pipeline's own sampler settings, and a
+reader that sees nothing but the pixels says which of each caption's statements hold: how many
+objects there are, the shape, colour and size of each, how they stand, the background. Beside that:
+the same without guidance, prompts with combinations of colour and shape that no training picture
+had, and PSNR, SSIM, codebook usage and readability of the tokenizers' reconstructions of true
+pictures, which bound what any model of their tokens can reach.
+
+For a pipeline trained on other pictures, only the tokenizers can be measured (on the pictures that
+its config holds out; `--data_path` names their folder where it has moved).
+
+The figures are printed as a table and written as JSON, with settings, seed and versions.
+"""
+
+from muse_jax import process
+
+if __name__ == "__main__":
+    process.reexec_with_malloc_settings()
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+from muse_jax.data import make_source, scenes
+from muse_jax.evaluation import prompts, reconstruction
+from muse_jax.models import vqgan
+from muse_jax.specs import DataSpec
+
+TOKENIZERS = {  # report name -> the stages that encode and decode
+    "low": ("tokenizer_low", "tokenizer_low"),
+    "high": ("tokenizer_high", "tokenizer_high"),
+    "decoder": ("tokenizer_high", "decoder"),
+}
+UNGUIDED = {"guidance_scale": 1.0, "superres_guidance_scale": 1.0}
+
+
+class EvaluationError(ValueError):
+    """Something that cannot be measured; the message says why and what to do."""
+
+
+def evaluate(
+    pipeline: Any,
+    count: int = 500,
+    *,
+    unguided: int = 100,
+    held_out: int = 100,
+    reconstructed: int = 500,
+    seed: int = 0,
+    data_path: str = "",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """All figures of a pipeline.
+
+    Args:
+      pipeline: a `MusePipeline`.
+      count: prompts of the test split.
+      unguided: the first of them that are drawn without guidance too, at most `count`; 0: none.
+      held_out: prompts of the held-out combinations, at most `count`; 0: none.
+      reconstructed: pictures that the tokenizers are tried on, at most `count` of scenes.
+      seed: of the scenes and the sampling.
+      data_path: where a pipeline's own pictures lie now.
+      progress: shows a bar.
+
+    Returns:
+      tokenizers: see `measure_tokenizers`; prompts: see `measure_prompts`, missing where the
+      pipeline was not trained on scenes; evaluation: how it was measured.
+    """
+    start = time.monotonic()
+    figures: dict[str, Any] = {}
+    if _knows_scenes(pipeline):
+        reconstructed = min(reconstructed, count)
+        figures["tokenizers"] = measure_tokenizers(pipeline, reconstructed, seed=seed)
+        figures["prompts"] = measure_prompts(
+            pipeline, count, unguided=min(unguided, count), held_out=min(held_out, count), seed=seed, progress=progress
+        )
+    else:
+        figures["tokenizers"] = measure_tokenizers(pipeline, reconstructed, seed=seed, data_path=data_path)
+    figures["evaluation"] = {
+        "seed": seed,
+        "sampler": {name: dataclasses.asdict(pipeline.stages[name].spec.sample) for name in ("base", "superres")},
+        "batch_size": pipeline.max_batch_size,
+        "device": jax.devices()[0].device_kind,
+        "seconds": round(time.monotonic() - start, 1),
+        "versions": versions(),
+    }
+    return figures
+
+
+def _knows_scenes(pipeline: Any) -> bool:
+    return pipeline.stages["base"].spec.data.name == "scenes"
+
+
+def versions() -> dict[str, str]:
+    """Of what decides about the figures."""
+    packages = ("muse_jax", "jax", "jaxlib", "flax", "numpy", "scipy")
+    installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return {"python": platform.python_version(), **{name: installed[name] for name in packages if name in installed}}
+
+
+# --------------------------------------------------------------------------------------- prompts
+
+
+def measure_prompts(
+    pipeline: Any, count: int, *, unguided: int, held_out: int, seed: int = 0, progress: bool = True
+) -> dict[str, Any]:
+    """How well a pipeline follows prompts of generated scenes that it has not seen.
+
+    Returns:
+      count, statements (share of all statements that hold), all_statements (share of pictures of
+      which all hold), and the same with _unguided and _held_out after the name (count_unguided, ...);
+      statements_guided_same, all_statements_guided_same: with guidance, on just the prompts that
+      were also drawn without;
+      by_kind: statements by what they are about (and by_kind_unguided, ...);
+      statements_low, all_statements_low: read from the low-resolution pictures, which the base
+      model made alone.
+
+    Raises:
+      EvaluationError: the pipeline was trained on something else than scenes.
+    """
+    if not _knows_scenes(pipeline):
+        name = pipeline.stages["base"].spec.data.name
+        raise EvaluationError(
+            f"this pipeline was trained on data.name={name!r}; whether pictures follow their prompts can be read from "
+            "generated scenes alone (data.name='scenes'). Reconstruction can be measured on any pictures."
+        )
+    if count < 1:
+        raise EvaluationError(f"the number of prompts is {count}; expected at least 1.")
+    runs = {
+        "": (scenes.scenes(range(count), seed, "test"), {}),
+        "_unguided": (scenes.scenes(range(unguided), seed, "test"), UNGUIDED),
+        "_held_out": (scenes.scenes(range(held_out), seed, "held_out"), {}),
+    }
+    figures: dict[str, Any] = {}
+    size = min(pipeline.max_batch_size, max(len(items) for items, _ in runs.values()))
+    with tqdm(total=count + unguided + held_out, unit="picture", disable=not progress) as bar:
+        for ending, (items, settings) in runs.items():
+            if not items:
+                continue
+            bar.set_description("prompts" + ending.replace("_", " "))
+            captions = [item.caption for item in items]
+            scores, low_scores = _draw_and_score(pipeline, captions, size, seed, settings, bar.update)
+            figures |= {f"{key}{ending}": value for key, value in prompts.summarize(scores).items()}
+            if not ending:  # the low-resolution pictures tell whether the base model or super-resolution is at fault
+                figures |= _chosen(prompts.summarize(low_scores), "_low")
+                if unguided:
+                    figures |= _chosen(prompts.summarize(scores[:unguided]), "_guided_same")
+    return figures
+
+
+def _chosen(summary: Mapping[str, Any], ending: str) -> dict[str, Any]:
+    return {f"{key}{ending}": summary[key] for key in ("statements", "all_statements")}
+
+
+def _draw_and_score(
+    pipeline: Any,
+    captions: Sequence[str],
+    size: int,
+    seed: int,
+    settings: Mapping[str, Any],
+    advance: Callable[[int], Any],
+) -> tuple[list[dict[str, bool]], list[dict[str, bool]]]:
+    """Scores of each caption's final and low-resolution picture; picture i has the seed seed + i."""
+    scores, low_scores = [], []
+    for start in range(0, len(captions), size):
+        chunk = list(captions[start : start + size])
+        filled = chunk + chunk[-1:] * (size - len(chunk))  # always the same shape: one compilation
+        seeds = [(seed + start + i) % 2**32 for i in range(size)]
+        output = pipeline(filled, seed=seeds, output_type="uint8", **settings)
+        scores += map(prompts.score, output.images, chunk)
+        low_scores += map(prompts.score, output.low_images, chunk)
+        advance(len(chunk))
+    return scores, low_scores
+
+
+# ------------------------------------------------------------------------------------ tokenizers
+
+
+def measure_tokenizers(pipeline: Any, count: int, *, seed: int = 0, data_path: str = "") -> dict[str, Any]:
+    """What the tokenizers make of pictures they were not trained on.
+
+    Args:
+      count: pictures, at most as many as the data hold out.
+      seed: of the scenes, the same that `measure_prompts` takes its captions from.
+      data_path: instead of the `data.path` that the stages were trained with.
+
+    Returns:
+      {"low", "high" and, if the pipeline has it, "decoder": see `reconstruction.measure`}.
+
+    Raises:
+      EvaluationError: the pictures are not there.
+    """
+    pictures: dict[DataSpec, tuple[np.ndarray, list[str] | None]] = {}
+    figures = {}
+    for name, (encoder, decoder) in TOKENIZERS.items():
+        if decoder not in pipeline.stages:
+            continue
+        data = dataclasses.replace(pipeline.stages[encoder].spec.data, **({"path": data_path} if data_path else {}))
+        if data not in pictures:
+            pictures[data] = _pictures(data, count, seed)
+        images, captions = pictures[data]
+        batch_size = min(pipeline.max_batch_size, len(images))
+        rest = -len(images) % batch_size
+        filled = np.concatenate([images, np.repeat(images[-1:], rest, axis=0)])  # one compilation
+        tokens = _tokens(pipeline.stages[encoder], filled, batch_size)
+        decoded = pipeline.decode_tokens(decoder, tokens)
+        codes = pipeline.stages[encoder].spec.model.codebook_size
+        keep = slice(len(images))
+        figures[name] = reconstruction.measure(images, decoded[keep], tokens[keep], codes, captions)
+    return figures
+
+
+def _pictures(data: DataSpec, count: int, seed: int) -> tuple[np.ndarray, list[str] | None]:
+    """Held-out pictures [n, s, s, 3], and their captions where they are scenes."""
+    if data.name == "scenes":
+        items = scenes.scenes(range(count), seed, "test")
+        return scenes.render_batch(items, data.image_size), [item.caption for item in items]
+    try:
+        source = make_source(data, "eval")
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"the pictures that this pipeline's tokenizers are measured on can't be read: {error} "
+            "Name their folder with --data_path=DIR."
+        ) from error
+    chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
+    return np.stack([source[int(i)]["image"] for i in chosen]), None
+
+
+def _tokens(stage: Any, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Token ids int32 [n, rows, columns] of pictures uint8 [n, h, w, 3]; n is a multiple of batch_size."""
+    model = vqgan.VQGAN(stage.spec.model)
+    params = jax.device_put(stage.params.get("generator", stage.params))  # a run has the discriminator's too
+
+    @jax.jit
+    def encode(params: Any, batch: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, vqgan.to_unit(batch), method="tokens")
+
+    batches = images.reshape(-1, batch_size, *images.shape[1:])
+    return np.concatenate([np.asarray(encode(params, batch)) for batch in batches])
+
+
+# --------------------------------------------------------------------------------------- command
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The figures as text."""
+    lines = [f"{'reconstruction':<22}{'PSNR':>7}{'SSIM':>8}{'codes used':>15}{'statements':>12}{'all true':>10}"]
+    for name, row in figures["tokenizers"].items():
+        codes = f"{row['codes']} of {row['codebook_size']}"
+        read = "".join(f"{row[key]:>{width}.1%}" for key, width in _READ if key in row)
+        lines.append(f"{name:<22}{row['psnr']:>7.2f}{row['ssim']:>8.3f}{codes:>15}{read}")
+    if "prompts" in figures:
+        lines += ["", *_prompt_lines(figures["prompts"])]
+    return "\n".join(lines)
+
+
+_READ = (("statements", 12), ("all_statements", 10))
+_RUNS = {"": "prompts", "_unguided": "without guidance", "_held_out": "held-out combinations"}
+
+
+def _prompt_lines(figures: Mapping[str, Any]) -> list[str]:
+    kinds = [kind for kind in prompts.KINDS if kind in figures["by_kind"]]
+    head = "".join(f"{kind:>{len(kind) + 2}}" for kind in kinds)
+    lines = [f"{'following the prompt':<22}{'pictures':>9}{'statements':>12}{'all true':>10}  {head}"]
+    for ending, title in _RUNS.items():
+        if f"count{ending}" in figures:
+            read = "".join(f"{figures[key + ending]:>{width}.1%}" for key, width in _READ)
+            by_kind = figures[f"by_kind{ending}"]
+            cells = (f"{by_kind[k]:.0%}" if k in by_kind else "" for k in kinds)
+            kinds_read = "".join(f"{cell:>{len(kind) + 2}}" for kind, cell in zip(kinds, cells, strict=True))
+            lines.append(f"{title:<22}{figures['count' + ending]:>9}{read}  {kinds_read}")
+    same = "".join(f"{figures[f'{key}_low']:>{width}.1%}" for key, width in _READ)
+    lines.append(f"{'at low resolution':<22}{figures['count']:>9}{same}")
+    return lines
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """The command's flags; called by the command alone, since others have flags of the same names."""
+    for name, default, text in (
+        ("pipeline", "", "Pipeline folder; by default the one that comes with the package."),
+        (
+            "out",
+            "",
+            "JSON file to write; by default evaluation.json in the pipeline's folder, or here if that is none.",
+        ),
+        ("data_path", "", "Folder of the pictures, where it is no longer the one trained on."),
+    ):
+        flags.DEFINE_string(name, default, text, flag_values=values)
+    for name, default, text in (
+        ("num_prompts", 500, "Held-out prompts that are drawn."),
+        ("num_unguided", 100, "How many of them are drawn without guidance too."),
+        ("num_held_out", 100, "Prompts with combinations that no training picture had."),
+        ("num_reconstructed", 500, "Pictures that the tokenizers are tried on."),
+        ("batch_size", 16, "Pictures drawn at a time."),
+        ("seed", 0, "Of the scenes and the sampling."),
+    ):
+        least = 1 if name in ("num_prompts", "num_reconstructed", "batch_size") else 0
+        flags.DEFINE_integer(name, default, text, lower_bound=least, flag_values=values)
+
+
+def out_path(values: flags.FlagValues) -> pathlib.Path:
+    """Where the figures go."""
+    return pathlib.Path(values.out or pathlib.Path(values.pipeline or ".") / "evaluation.json")
+
+
+def run(values: flags.FlagValues) -> dict[str, Any]:
+    """What the command does: measures, prints, writes; returns what it wrote."""
+    from muse_jax.sampling.pipeline import MusePipeline
+
+    pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
+    if not _knows_scenes(pipeline):
+        print(
+            "Not measured: whether the pictures follow their prompts. That can be read from generated scenes alone, "
+            f"and this pipeline was trained on data.name={pipeline.stages['base'].spec.data.name!r}.",
+            file=sys.stderr,
+        )
+    figures = evaluate(
+        pipeline,
+        values.num_prompts,
+        unguided=values.num_unguided,
+        held_out=values.num_held_out,
+        reconstructed=values.num_reconstructed,
+        seed=values.seed,
+        data_path=values.data_path,
+    )
+    figures["evaluation"]["pipeline"] = values.pipeline or "packaged"
+    out = out_path(values)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{table(figures)}\n\n{figures['evaluation']['seconds']:.0f} seconds; written to {out}")
+    return figures
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    try:
+        run(flags.FLAGS)
+    except ValueError as error:  # the pipeline's and ours name the mend
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
