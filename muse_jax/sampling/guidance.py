@@ -52,12 +52,12 @@ def scales(ramp: str, steps: int, guidance_scale: float | np.ndarray) -> np.ndar
 
 
 def guide(conditional: Float[Array, "*any"], unconditional: Float[Array, "*any"], scale: Any) -> Float[Array, "*any"]:
-    """u + s (c - u).
+    """u + s (c - u), written as c + (s - 1) (c - u) so that s = 1 gives c to the bit.
 
     >>> float(guide(jnp.float32(3.0), jnp.float32(1.0), 2.0))
     5.0
     """
-    return unconditional + scale * (conditional - unconditional)
+    return conditional + (scale - 1) * (conditional - unconditional)
 
 
 def unguided(predict: Predict) -> GuidedPredict:

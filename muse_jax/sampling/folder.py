@@ -1,0 +1,136 @@
+"""The pipeline folder: `pipeline.json` and one stage folder for each stage from prompt to picture."""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from muse_jax import specs
+
+FORMAT = 1
+FILE = "pipeline.json"
+NEEDED = ("tokenizer_low", "tokenizer_high", "base", "superres")
+STAGES = (*NEEDED, "decoder")  # without the fine-tuned decoder, tokenizer_high's own is used
+MODELS = {
+    "tokenizer_low": specs.VQGANSpec,
+    "tokenizer_high": specs.VQGANSpec,
+    "base": specs.BaseSpec,
+    "superres": specs.SuperResSpec,
+    "decoder": specs.VQGANSpec,
+}
+
+
+class PipelineError(ValueError):
+    """A pipeline folder that cannot be used, or stages that don't fit; the message names the mend."""
+
+
+def read(folder: str | os.PathLike[str]) -> tuple[dict[str, pathlib.Path], dict[str, Any]]:
+    """Where a pipeline folder's stages are, and its manifest.
+
+    Raises:
+      PipelineError: if it is no pipeline folder, or one that this version cannot read.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / FILE).is_file():
+        where = "is a folder without" if folder.is_dir() else "is not there, so it has no"
+        raise PipelineError(
+            f"{folder} {where} {FILE}; name a folder that the quickstart or MusePipeline.assemble wrote."
+        )
+    try:
+        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        version, stages = content["format"], dict(content["stages"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise PipelineError(f"{folder / FILE} is damaged ({error!r}); write the pipeline again.") from error
+    if version != FORMAT:
+        raise PipelineError(
+            f"{folder / FILE} has format {version!r}, and this version of muse_jax reads {FORMAT}; "
+            "install the version that wrote it, or assemble the pipeline again from its stages."
+        )
+    _check_names(stages, str(folder))
+    gone = [name for name, where in stages.items() if not (folder / where).is_dir()]
+    if gone:
+        raise PipelineError(
+            f"{folder} lacks the folders of {', '.join(gone)}; copy the whole folder, or write it again."
+        )
+    return {name: folder / where for name, where in stages.items()}, dict(content.get("manifest") or {})
+
+
+def write(
+    folder: str | os.PathLike[str],
+    stages: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    save: Callable[[pathlib.Path, Any], None],
+) -> None:
+    """Writes a pipeline folder whole or not at all; a pipeline that is there is replaced.
+
+    Args:
+      folder: its parent is made if need be.
+      stages: name -> anything that `save` can write.
+      manifest: of the pipeline's making (command, seed, versions, figures); JSON values.
+      save: (folder, stage) writes a stage folder.
+
+    Raises:
+      PipelineError: if something else is in the way.
+    """
+    folder = pathlib.Path(os.path.abspath(folder))
+    if folder.exists() and not (folder / FILE).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise PipelineError(f"{folder} holds something else than a pipeline; name another folder.")
+    draft, previous = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("draft", "previous"))
+    content = {"format": FORMAT, "stages": {name: name for name in stages}, "manifest": dict(manifest)}
+    text = json.dumps(content, indent=1) + "\n"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        for name, stage in stages.items():
+            save(draft / name, stage)
+        (draft / FILE).write_text(text, encoding="utf-8")
+        if folder.exists():
+            folder.rename(previous)
+        draft.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def check(stages: Mapping[str, specs.Spec]) -> None:
+    """Refuses stages that cannot work together.
+
+    Raises:
+      PipelineError: naming the two that don't fit.
+    """
+    _check_names(stages, "the pipeline")
+    for name, spec in stages.items():
+        if not isinstance(spec.model, MODELS[name]):
+            raise PipelineError(
+                f"{name} is a {type(spec.model).__name__.removesuffix('Spec')} model; "
+                f"expected {MODELS[name].__name__.removesuffix('Spec')}. Name the folder of the {name} stage."
+            )
+    low, high, base, superres = (stages[name].model for name in NEEDED)
+    _same("base", "codes", base.codebook_size, "tokenizer_low", low.codebook_size)
+    _same("superres", "codes", superres.codebook_size, "tokenizer_high", high.codebook_size)
+    _same("superres", "low-resolution codes", superres.low_codebook_size, "base", base.codebook_size)
+    _same("superres", "low-resolution tokens", superres.low_grid, "base", base.grid)
+    if "decoder" in stages:
+        decoder = stages["decoder"].model
+        _same("decoder", "codes", decoder.codebook_size, "tokenizer_high", high.codebook_size)
+        _same("decoder", "dimensions a code", decoder.code_dim, "tokenizer_high", high.code_dim)
+        _same("decoder", "pixels a token", decoder.factor, "tokenizer_high", high.factor)
+
+
+def _check_names(stages: Mapping[str, Any], owner: str) -> None:
+    missing = [name for name in NEEDED if name not in stages]
+    if missing:
+        raise PipelineError(f"{owner} lacks the stage {' and '.join(missing)}; it needs {', '.join(NEEDED)}.")
+    strange = [name for name in stages if name not in STAGES]
+    if strange:
+        raise PipelineError(f"{owner} has a stage {strange[0]!r}; expected {', '.join(STAGES)}.")
+
+
+def _same(name: str, what: str, value: Any, other: str, expected: Any) -> None:
+    if value != expected:
+        raise PipelineError(
+            f"{name} has {value} {what}, but {other} has {expected}: they were not trained together. "
+            f"Use the {other} that {name} was trained with, or train {name} again."
+        )

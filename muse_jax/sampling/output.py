@@ -1,0 +1,78 @@
+"""What a call of the pipeline returns."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+OUTPUT_TYPES = ("pil", "np", "uint8", "latent")
+
+
+class Frames(NamedTuple):
+    """How the tokens of one picture filled in, step by step."""
+
+    images: np.ndarray  # uint8 [steps, height, width, 3]: what each step predicted for the whole picture
+    masked: np.ndarray  # bool [steps, rows, columns]: tokens that were still masked after it
+
+
+@dataclasses.dataclass(frozen=True)
+class MuseOutput:
+    """Pictures and the tokens they were decoded from; a decoder runs when its pictures are first asked for.
+
+    Attributes:
+      prompts, seeds: of each picture.
+      tokens: high-resolution token ids, int32 [n, rows, columns].
+      low_tokens: low-resolution token ids.
+      settings: of both decode loops, as JSON values.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    tokens: np.ndarray
+    low_tokens: np.ndarray
+    settings: Mapping[str, Any]
+    output_type: str
+    decode: Callable[[str, np.ndarray], np.ndarray] = dataclasses.field(repr=False)  # (stage, tokens) -> uint8 images
+    best: str = "tokenizer_high"  # the stage whose decoder makes `images`
+    steps: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = dataclasses.field(default=None, repr=False)
+
+    @functools.cached_property
+    def images(self) -> Any:
+        """The pictures, from the fine-tuned decoder if the pipeline has one."""
+        return self._pictures(self.best, self.tokens)
+
+    @functools.cached_property
+    def high_images(self) -> Any:
+        """The same tokens from the high-resolution tokenizer's own decoder."""
+        return self._pictures("tokenizer_high", self.tokens)
+
+    @functools.cached_property
+    def low_images(self) -> Any:
+        """What the base model made, at the low resolution."""
+        return self._pictures("tokenizer_low", self.low_tokens)
+
+    def decoding(self, index: int = 0) -> dict[str, Frames]:
+        """How picture `index` filled in: {"base": ..., "superres": ...}.
+
+        Raises:
+          ValueError: if the pipeline was called without history=True.
+        """
+        if self.steps is None:
+            raise ValueError("The steps were not kept; call the pipeline with history=True.")
+        stages = {"base": "tokenizer_low", "superres": self.best}
+        frames = {}
+        for name, stage in stages.items():
+            predicted, masked = (steps[:, index] for steps in self.steps[name])
+            frames[name] = Frames(self.decode(stage, predicted), masked)
+        return frames
+
+    def _pictures(self, stage: str, tokens: np.ndarray) -> Any:
+        if self.output_type == "latent":
+            return tokens
+        images = self.decode(stage, tokens)
+        if self.output_type == "pil":
+            return [Image.fromarray(image) for image in images]
+        return images.astype(np.float32) / 255 if self.output_type == "np" else images

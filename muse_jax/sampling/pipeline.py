@@ -1,0 +1,383 @@
+"""`MusePipeline`: from a prompt to a picture. The one place that puts models and decode loops together."""
+
+import dataclasses
+import importlib.resources
+import os
+import pathlib
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from muse_jax import specs
+from muse_jax.models import muse, vqgan
+from muse_jax.sampling import folder as pipeline_folder
+from muse_jax.sampling import guidance, sampler
+from muse_jax.sampling.folder import PipelineError
+from muse_jax.sampling.output import OUTPUT_TYPES, MuseOutput
+from muse_jax.sampling.requests import Requests, Some, make_requests
+from muse_jax.text import vocabulary
+from muse_jax.training import checkpoint
+
+TOKEN_STAGES = ("base", "superres")  # in the order of decoding; the place in it is the stream of their randomness
+PER_PICTURE = ("guidance_scale", "token_temperature", "choice_temperature", "top_p")  # numbers; lists are welcome
+PER_CALL = ("num_inference_steps", "schedule", "guidance_ramp", "top_k")
+
+
+class MusePipeline:
+    """Every stage from prompt to picture, and the sampler settings they are meant to be used with.
+
+    Calls may come from several threads. What has been compiled for a batch shape and a number of
+    steps serves all prompts, seeds, guidance values, temperatures and schedules.
+
+    Attributes:
+      stages: name -> the loaded stage, parameters as NumPy arrays.
+      manifest: of the pipeline's making.
+      max_batch_size: pictures made at a time; a longer list is made in pieces.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[str, checkpoint.Stage],
+        manifest: Mapping[str, Any] | None = None,
+        max_batch_size: int = 16,
+    ):
+        pipeline_folder.check({name: stage.spec for name, stage in stages.items()})
+        self.stages = {name: stages[name] for name in pipeline_folder.STAGES if name in stages}
+        self.manifest = dict(manifest or {})
+        self.max_batch_size = max_batch_size
+        self._vocabularies = {name: _vocabulary(name, stages[name]) for name in TOKEN_STAGES}
+        self._params = {name: jax.device_put(_checked(name, stage)) for name, stage in self.stages.items()}
+        if "decoder" in self.stages:
+            _check_codebooks(self._params["decoder"], self._params["tokenizer_high"], stages["tokenizer_high"].path)
+
+    # ------------------------------------------------------------------------------- folders
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str] | None = None, **settings: Any) -> "MusePipeline":
+        """Opens a pipeline folder; without one, the small pipeline for scenes that comes with the package.
+
+        Raises:
+          PipelineError: if the folder is no pipeline, or its stages don't fit each other.
+        """
+        if folder is None:
+            folder = pathlib.Path(str(importlib.resources.files("muse_jax"))) / "pretrained"
+            if not (folder / pipeline_folder.FILE).exists():
+                raise PipelineError("This installation has no packaged pipeline; name a pipeline folder.")
+        paths, manifest = pipeline_folder.read(folder)
+        return cls({name: checkpoint.load_stage(path) for name, path in paths.items()}, manifest, **settings)
+
+    @classmethod
+    def assemble(
+        cls,
+        out: str | os.PathLike[str],
+        stages: Mapping[str, str | os.PathLike[str]],
+        manifest: Mapping[str, Any] | None = None,
+        dtype: str = "",
+    ) -> "MusePipeline":
+        """Writes a pipeline folder from stage folders (or workdirs of runs), and returns it opened.
+
+        Args:
+          out: the folder to write, whole or not at all.
+          stages: name ("tokenizer_low", "tokenizer_high", "base", "superres" and, if there is one,
+            "decoder") -> stage folder.
+          manifest: of its making: command, seed, versions, figures.
+          dtype: as in `save`.
+        """
+        pipeline = cls({name: checkpoint.load_stage(path) for name, path in stages.items()}, manifest)
+        pipeline.save(out, dtype)
+        return pipeline
+
+    def save(self, folder: str | os.PathLike[str], dtype: str = "") -> None:
+        """Writes the pipeline as a folder, whole or not at all.
+
+        Args:
+          folder: replaced if it is a pipeline already.
+          dtype: what the parameters are stored as ("float16" halves the folder); "" as they are.
+        """
+
+        def save_stage(path: pathlib.Path, stage: checkpoint.Stage) -> None:
+            params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), _network(stage.params))
+            checkpoint.save_stage(path, stage.spec, params, stage.vocabulary, stage.step)
+
+        pipeline_folder.write(folder, self.stages, self.manifest, save_stage)
+
+    # ------------------------------------------------------------------------------ sampling
+
+    def __call__(
+        self,
+        prompt: Some,
+        negative_prompt: Some = None,
+        guidance_scale: Some = None,
+        num_inference_steps: Any = None,
+        num_images_per_prompt: Any = 1,
+        seed: Some = 0,
+        output_type: str = "pil",
+        *,
+        history: bool = False,
+        **settings: Any,
+    ) -> MuseOutput:
+        """Makes pictures of prompts. A setting that is None is what the stage was made to be used with.
+
+        The picture of a prompt and a seed does not depend on what else is in the call.
+
+        Args:
+          prompt: one or a list; '' is a picture of anything.
+          negative_prompt: what to move away from, instead of from pictures in general; one, or one
+            a prompt. It has no effect without guidance.
+          guidance_scale: s in logits = u + s (c - u), of the base model; 1 is off.
+          num_inference_steps: decoding steps of the base model.
+          num_images_per_prompt: with seeds seed, seed + 1, ...
+          seed: from 0 to 2^32 - 1; one, or one a prompt or a picture.
+          output_type: "pil", "np" (float32 in [0, 1]), "uint8" or "latent" (token ids).
+          history: keep the steps, for `MuseOutput.decoding`.
+          **settings: token_temperature, choice_temperature, top_k, top_p, schedule and
+            guidance_ramp of the base model; and all of these, guidance_scale and
+            num_inference_steps too, with the prefix superres_ for super-resolution.
+
+        Raises:
+          ValueError, TypeError: naming the argument, before anything is compiled.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(map(repr, OUTPUT_TYPES))}.")
+        requests = make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
+        given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
+        resolved = self._settings(given, requests)
+        self._warn(requests, resolved)
+        pieces = [
+            self._make(requests, resolved, slice(start, start + self.max_batch_size), history)
+            for start in range(0, len(requests), self.max_batch_size)
+        ]
+        low, high = (np.concatenate([piece[name][0] for piece in pieces]) for name in TOKEN_STAGES)
+        steps = {name: _joined([piece[name][1] for piece in pieces]) for name in TOKEN_STAGES} if history else None
+        return MuseOutput(
+            prompts=requests.prompts,
+            seeds=requests.seeds,
+            tokens=high,
+            low_tokens=low,
+            settings={name: _plain(resolved[name]) for name in TOKEN_STAGES},
+            output_type=output_type,
+            decode=self.decode_tokens,
+            best="decoder" if "decoder" in self.stages else "tokenizer_high",
+            steps=steps,
+        )
+
+    def decode_tokens(self, stage: str, tokens: np.ndarray) -> np.ndarray:
+        """Pictures of token ids.
+
+        Args:
+          stage: "tokenizer_low", "tokenizer_high" or "decoder".
+          tokens: int [n, rows, columns]; any rows and columns.
+
+        Returns:
+          uint8 [n, height, width, 3].
+        """
+        images = []
+        for start in range(0, len(tokens), self.max_batch_size):
+            piece = np.asarray(tokens[start : start + self.max_batch_size], np.int32)
+            padded = _padded(piece, self._bucket(len(piece)))
+            images.append(_run(_decode, self._params[stage], padded, spec=self.stages[stage].spec.model)[: len(piece)])
+        return np.concatenate(images)
+
+    def _settings(self, given: Mapping[str, Any], requests: Requests) -> dict[str, dict[str, Any]]:
+        """{stage: {setting: value}}: what was given, else the stage's own; numbers one a picture."""
+        resolved = {name: dataclasses.asdict(self.stages[name].spec.sample) for name in TOKEN_STAGES}
+        for key, value in given.items():
+            stage = "superres" if key.startswith("superres_") else "base"
+            name = key.removeprefix("superres_")
+            if name not in resolved[stage]:
+                raise TypeError(
+                    f"MusePipeline has no setting {key!r}; expected one of {', '.join((*PER_PICTURE, *PER_CALL))}, "
+                    "with superres_ before it for super-resolution."
+                )
+            if value is None:
+                continue
+            if name in ("num_inference_steps", "top_k") and (
+                isinstance(value, bool) or not isinstance(value, int | np.integer)
+            ):
+                raise TypeError(f"{key} is {value!r}; expected a whole number.")
+            resolved[stage][name] = value
+        for stage in TOKEN_STAGES:
+            prefix = "superres_" if stage == "superres" else ""
+            for name in PER_PICTURE:
+                resolved[stage][name] = requests.spread(prefix + name, resolved[stage][name])
+            self._plan(stage, resolved[stage])  # refuses what cannot be, before the first piece is made
+        return resolved
+
+    def _plan(self, stage: str, settings: Mapping[str, Any]) -> sampler.Plan:
+        rows, columns = self.stages[stage].spec.model.grid
+        try:
+            return sampler.make_plan(tokens=rows * columns, **settings)
+        except ValueError as error:
+            raise ValueError(f"{stage}: {error}") from None
+
+    def _warn(self, requests: Requests, resolved: Mapping[str, Mapping[str, Any]]) -> None:
+        texts = dict.fromkeys((*requests.prompts, *requests.negative_prompts))
+        unknown = dict.fromkeys(word for text in texts for word in self._vocabularies["base"].unknown(text))
+        if unknown:
+            words = ", ".join(map(repr, unknown))
+            warnings.warn(f"The model has never seen these words and cannot draw them: {words}.", stacklevel=3)
+        if any(requests.negative_prompts) and not any(np.any(resolved[n]["guidance_scale"] != 1) for n in TOKEN_STAGES):
+            warnings.warn("negative_prompt has no effect at guidance_scale=1; use a larger one.", stacklevel=3)
+
+    def _make(
+        self, requests: Requests, resolved: Mapping[str, Mapping[str, Any]], piece: slice, history: bool
+    ) -> dict[str, Any]:
+        """One batch: {stage: (tokens [n, rows, columns], steps or None)}."""
+        count = len(requests.prompts[piece])
+        bucket = self._bucket(count)
+        seeds = _padded(np.asarray(requests.seeds[piece], np.uint32), bucket)
+        made, low = {}, None
+        for stream, name in enumerate(TOKEN_STAGES):
+            own = {k: _padded(v[piece], bucket) if k in PER_PICTURE else v for k, v in resolved[name].items()}
+            # Of the whole call, not of the piece: a last piece without guidance needs no program of its own.
+            guided = bool(np.any(resolved[name]["guidance_scale"] != 1))
+            texts = [requests.prompts[piece], requests.negative_prompts[piece]][: 1 + guided]
+            length = self.stages[name].spec.data.text_length
+            encoded = [self._vocabularies[name].encode_batch(text, length) for text in texts]
+            ids, mask = (np.concatenate([_padded(text[i], bucket) for text in encoded]) for i in range(2))
+            low, steps = _run(
+                _fill,
+                self._params[name],
+                ids,
+                mask,
+                low,
+                seeds,
+                self._plan(name, own),
+                spec=self.stages[name].spec.model,
+                stream=stream,
+                guided=guided,
+                history=history,
+            )
+            grid = self.stages[name].spec.model.grid
+            shaped = low[:count].reshape(count, *grid)
+            kept = (steps.predicted, steps.masked) if history else ()
+            made[name] = shaped, tuple(x[:, :count].reshape(-1, count, *grid) for x in kept)
+        return made
+
+    def _bucket(self, count: int) -> int:
+        """Batches are filled up to a power of two, so that few shapes are compiled."""
+        return min(1 << (count - 1).bit_length(), max(self.max_batch_size, 1))
+
+
+# ------------------------------------------------------------------------------ jitted functions
+# Of the module, not of a pipeline: pipelines of the same architecture share what is compiled.
+
+_LOCK = threading.Lock()
+_COMPILED: set[Any] = set()
+
+
+def _run(function: Any, *args: Any, **static: Any) -> Any:
+    """Calls a jitted function; of threads that need a new program, one compiles and the others wait."""
+    leaves, structure = jax.tree.flatten(args)
+    key = (function, tuple(static.items()), structure, tuple((x.shape, str(x.dtype)) for x in leaves))
+    if key in _COMPILED:
+        return jax.device_get(function(*args, **static))
+    with _LOCK:
+        result = jax.device_get(function(*args, **static))
+        _COMPILED.add(key)
+    return result
+
+
+@partial(jax.jit, static_argnames=("spec", "stream", "guided", "history"))
+def _fill(params, text_ids, text_mask, low_tokens, seeds, plan, *, spec, stream: int, guided: bool, history: bool):
+    """All tokens of one stage, from nothing. With guidance the texts are [prompts; negative prompts]."""
+    apply = partial(muse.TokenTransformer(spec).apply, {"params": params})
+    if low_tokens is not None and guided:
+        low_tokens = jnp.concatenate([low_tokens, low_tokens])
+    embeddings = apply(text_ids, text_mask, method="encode_text")
+    memory = apply(embeddings, text_mask, low_tokens, method="condition")  # once: no step changes it
+    guide = guidance.guided if guided else guidance.unguided
+    predict = guide(lambda tokens: apply(tokens, memory, method="logits"))
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stream))(seeds)
+    blank = jnp.full((len(seeds), spec.grid[0] * spec.grid[1]), spec.codebook_size, jnp.int32)
+    return sampler.decode(predict, blank, plan, keys, spec.codebook_size, history=history)
+
+
+@partial(jax.jit, static_argnames="spec")
+def _decode(params, tokens, *, spec):
+    return vqgan.to_uint8(vqgan.VQGAN(spec).apply({"params": params}, tokens, method="decode_tokens"))
+
+
+def _padded(values: np.ndarray, size: int) -> np.ndarray:
+    """Filled up with copies of the last one."""
+    return np.concatenate([values, np.repeat(values[-1:], size - len(values), axis=0)])
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON values; a list only where pictures differ."""
+    lists = {name: np.asarray(value).tolist() for name, value in settings.items()}
+    return {k: v[0] if isinstance(v, list) and len(set(v)) == 1 else v for k, v in lists.items()}
+
+
+def _joined(pieces: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    """Predicted tokens and masks [steps, n, rows, columns] of all pieces."""
+    return tuple(np.concatenate(arrays, axis=1) for arrays in zip(*pieces, strict=True))
+
+
+def _model(spec: Any) -> Any:
+    return vqgan.VQGAN(spec) if isinstance(spec, specs.VQGANSpec) else muse.TokenTransformer(spec)
+
+
+def _network(params: Any) -> Any:
+    """The parameters that sampling needs: of a tokenizer's training, not the discriminator's."""
+    return params.get("generator", params)
+
+
+def _vocabulary(name: str, stage: checkpoint.Stage) -> vocabulary.Vocabulary:
+    if stage.vocabulary is None:
+        raise PipelineError(f"{name} ({stage.path}) has no vocabulary.json; write this stage again.")
+    words = vocabulary.from_json(stage.vocabulary)
+    expected = stage.spec.model.text.vocabulary_size
+    if isinstance(words, vocabulary.WordVocabulary) and words.size > expected:  # others' sizes take long to know
+        raise PipelineError(
+            f"{name} ({stage.path}) has a vocabulary of {words.size} ids, but its text encoder knows {expected}; "
+            "use the vocabulary it was trained with."
+        )
+    return words
+
+
+def _checked(name: str, stage: checkpoint.Stage) -> Any:
+    """The stage's parameters as float32, of exactly the names and shapes that its model has."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), _network(stage.params))
+    found = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in _leaves(params)}
+    expected = {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in _leaves(_shapes(stage.spec))}
+    for leaf in sorted({*found, *expected}):
+        if found.get(leaf) != expected.get(leaf):
+            raise PipelineError(
+                f"{name} ({stage.path}): its config gives the parameter {leaf} the shape {expected.get(leaf)}, and the "
+                f"file has {found.get(leaf)}; the config and the parameters are not of the same run."
+            )
+    return params
+
+
+def _check_codebooks(decoder: Any, tokenizer: Any, path: str) -> None:
+    if not np.array_equal(decoder["quantizer"]["codebook"], tokenizer["quantizer"]["codebook"]):
+        raise PipelineError(
+            "decoder and tokenizer_high have different codebooks, so the decoder was fine-tuned from another "
+            f"tokenizer; fine-tune it from {path}, or leave it out."
+        )
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _shapes(spec: specs.Spec) -> Any:
+    """The model's parameters as shapes; nothing is computed."""
+    model = _model(spec.model)
+    if isinstance(spec.model, specs.VQGANSpec):
+        args = [jnp.zeros((1, spec.model.factor, spec.model.factor, 3))]
+    else:
+        places = spec.model.grid[0] * spec.model.grid[1]
+        text = jnp.zeros((1, spec.data.text_length), jnp.int32)
+        args = [jnp.zeros((1, places), jnp.int32), text, text > 0]
+        if isinstance(spec.model, specs.SuperResSpec):
+            args.append(jnp.zeros((1, spec.model.low_grid[0] * spec.model.low_grid[1]), jnp.int32))
+    return jax.eval_shape(lambda *args: meta.unbox(model.init(jax.random.key(0), *args)["params"]), *args)
