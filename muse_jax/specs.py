@@ -147,6 +147,27 @@ TASKS = {"tokenizer": TokenizerTaskSpec, "tokens": TokensTaskSpec}
 
 # ------------------------------------------------------------------------------------- the rest
 
+# The usual table of `rules`: examples over `data` and `fsdp`, widths over `fsdp`, and what a layer
+# holds several of over `tensor`. Configs copy it and change what they want otherwise.
+RULES: Mapping[str, Any] = {
+    "batch": ("data", "fsdp"),
+    "tokens": None,
+    "text": None,
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "head_dim": None,
+    "vocab": "tensor",
+    "layers": None,
+    "positions": None,
+    "buckets": None,
+    "code": None,
+    "rows": None,
+    "columns": None,
+    "channels_in": None,
+    "channels_out": "fsdp",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
@@ -300,7 +321,9 @@ def _build(cls: type, tree: Any, path: str) -> Any:
         and field.name not in tree
     ]
     if missing:
-        raise SpecError(f"{path} lacks {', '.join(missing)}; add {'it' if len(missing) == 1 else 'them'} to the config.")
+        raise SpecError(
+            f"{path} lacks {', '.join(missing)}; add {'it' if len(missing) == 1 else 'them'} to the config."
+        )
     return cls(**{key: _convert(hints[key], value, f"{path}.{key}") for key, value in tree.items()})
 
 
@@ -395,12 +418,16 @@ def _check_transformer(spec: Spec) -> None:
     if spec.data.text_length < 1:
         raise SpecError("data.text_length is 0, but the model is conditioned on text; set the length of the prompts.")
     if not spec.task.tokenizer:
-        raise SpecError("task.tokenizer is empty; name the folder of a trained tokenizer (--config.task.tokenizer=DIR).")
+        raise SpecError(
+            "task.tokenizer is empty; name the folder of a trained tokenizer (--config.task.tokenizer=DIR)."
+        )
     if not model.text.trainable and not model.text.weights:
         raise SpecError("model.text is frozen but model.text.weights is empty; name its weights or make it trainable.")
     if isinstance(model, SuperResSpec):
         if not spec.task.low_tokenizer:
-            raise SpecError("task.low_tokenizer is empty; super-resolution needs the low-resolution tokenizer's folder.")
+            raise SpecError(
+                "task.low_tokenizer is empty; super-resolution needs the low-resolution tokenizer's folder."
+            )
         if model.heads % 2:
             raise SpecError(f"model.heads {model.heads} is odd; multi-axis attention gives half of them to each axis.")
         for side, block in zip(model.grid, model.block, strict=True):

@@ -16,7 +16,8 @@ LAYERS = "layers"  # stacked, scanned layers
 POSITIONS = "positions"  # learned position table
 BUCKETS = "buckets"  # relative position buckets
 CODE = "code"  # dimension of a code
-KERNEL = "kernel"  # spatial extent of a convolution
+ROWS = "rows"  # of a convolution's kernel
+COLUMNS = "columns"
 CHANNELS_IN = "channels_in"
 CHANNELS_OUT = "channels_out"
 

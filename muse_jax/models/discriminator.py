@@ -54,7 +54,7 @@ class Discriminator(nn.Module):
         return logits[..., 0].astype(jnp.float32)
 
     def _convolution(self, features: int, stride: int, use_bias: bool, name: str) -> nn.Conv:
-        names = (axes.KERNEL, axes.KERNEL, axes.CHANNELS_IN, axes.CHANNELS_OUT)
+        names = (axes.ROWS, axes.COLUMNS, axes.CHANNELS_IN, axes.CHANNELS_OUT)
         return nn.Conv(
             features,
             (4, 4),

@@ -50,7 +50,7 @@ class _VGG16(nn.Module):
                     padding=((1, 1), (1, 1)),
                     dtype=self.dtype,
                     kernel_init=nn.with_logical_partitioning(
-                        nn.initializers.he_normal(), (axes.KERNEL, axes.KERNEL, axes.CHANNELS_IN, axes.CHANNELS_OUT)
+                        nn.initializers.he_normal(), (axes.ROWS, axes.COLUMNS, axes.CHANNELS_IN, axes.CHANNELS_OUT)
                     ),
                     bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axes.CHANNELS_OUT,)),
                     name=f"conv{stage}_{i}",

@@ -13,6 +13,7 @@ from muse_jax.models import axes
 class Quantized(NamedTuple):
     """codes: the chosen codes with the latents' gradient; ids; the two losses of every place."""
 
+    latents: jax.Array  # [..., d]: what was compared with the codes
     codes: jax.Array  # [..., d]
     ids: jax.Array  # [...]
     codebook_loss: jax.Array  # [...]: moves codes to latents
@@ -37,7 +38,7 @@ def quantize(latents: Float[Array, "*b d"], codebook: Float[Array, "k d"]) -> Qu
     codebook_loss = jnp.mean(jnp.square(jax.lax.stop_gradient(latents) - codes), axis=-1)
     commitment_loss = jnp.mean(jnp.square(latents - jax.lax.stop_gradient(codes)), axis=-1)
     straight_through = latents + jax.lax.stop_gradient(codes - latents)
-    return Quantized(straight_through, ids, codebook_loss, commitment_loss)
+    return Quantized(latents, straight_through, ids, codebook_loss, commitment_loss)
 
 
 class Quantizer(nn.Module):

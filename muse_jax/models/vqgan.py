@@ -19,7 +19,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
-        names = (axes.KERNEL, axes.KERNEL, axes.CHANNELS_IN, axes.CHANNELS_OUT)
+        names = (axes.ROWS, axes.COLUMNS, axes.CHANNELS_IN, axes.CHANNELS_OUT)
         return nn.Conv(
             self.features,
             (self.size, self.size),

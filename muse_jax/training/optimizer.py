@@ -26,6 +26,7 @@ Axes = Mapping[str, Sequence[str | None]]
 # Tables looked up by an index rather than multiplied with: no weight decay, no orthogonalisation.
 _TABLES = ("vocab", "positions", "buckets")
 _HEADS = ("heads", "head_dim")
+_SPATIAL = ("rows", "columns")  # of a convolution
 
 
 def make_optimizer(spec: OptimizerSpec, labels: Any, axes: Axes, steps: int) -> optax.GradientTransformation:
@@ -206,7 +207,7 @@ def matrix_axes(name: str, axes: Sequence[str | None] | None, shape: Sequence[in
     """Which axes of a parameter are the inputs and outputs of a matrix; None if it is no inner matrix.
 
     Kernels have their inputs first: [embed, heads, head_dim], [heads, head_dim, embed],
-    [kernel, kernel, channels_in, channels_out]. Axes that are neither, such as the layers', are
+    [rows, columns, channels_in, channels_out]. Axes that are neither, such as the layers', are
     treated one by one. Embeddings, heads that predict the vocabulary, norms and biases are none.
     """
     if not decays(name, axes, shape):
@@ -219,8 +220,8 @@ def matrix_axes(name: str, axes: Sequence[str | None] | None, shape: Sequence[in
     if names[inputs] in _HEADS:
         while names[inputs + 1] in _HEADS:
             inputs += 1
-    elif names[inputs] == "kernel":
-        while names[inputs] == "kernel":
+    elif names[inputs] in _SPATIAL:
+        while names[inputs] in _SPATIAL:
             inputs += 1
     if inputs + 1 >= len(shape):
         return None

@@ -1,0 +1,132 @@
+"""From a spec to its task: the one place that maps names to tasks and opens earlier stages."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from safetensors.numpy import load_file
+
+from muse_jax import specs
+from muse_jax.models import lpips, t5, vqgan
+from muse_jax.sampling import schedules
+from muse_jax.specs import SpecError
+from muse_jax.tasks import task as protocol
+from muse_jax.tasks.tokenizer import TokenizerTask
+from muse_jax.tasks.tokens import Tokenizer, TokensTask
+
+LoadStage = Callable[[str], Any]
+
+
+def build_task(spec: specs.Spec, load_stage: LoadStage) -> protocol.Task:
+    """The task of a spec, with the earlier stages that it needs.
+
+    Args:
+      load_stage: opens a stage folder (`training.checkpoint.load_stage`).
+
+    Raises:
+      SpecError: an earlier stage doesn't fit; the message names the mend.
+    """
+    builders: Mapping[type, Callable[[specs.Spec, LoadStage], protocol.Task]] = {
+        specs.TokenizerTaskSpec: _tokenizer_task,
+        specs.TokensTaskSpec: _tokens_task,
+    }
+    return builders[type(spec.task)](spec, load_stage)
+
+
+def _tokenizer_task(spec: specs.Spec, load_stage: LoadStage) -> protocol.Task:
+    start = None
+    if spec.task.init_from:
+        start = _tokenizer(load_stage(spec.task.init_from), "task.init_from").params
+        _check_start(spec, start)
+    perceptual = lpips.load_lpips(spec.task.perceptual_weights) if spec.task.perceptual else None
+    return TokenizerTask(spec, start, perceptual)
+
+
+def _check_start(spec: specs.Spec, start: Any) -> None:
+    """Encoder and codebook (and, if all is trained on, the decoder) must have the config's shapes."""
+    size = spec.data.image_size
+    model = vqgan.VQGAN(spec.model)
+    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+    for name in ("encoder", "quantizer") if spec.task.trainable == "decoder" else ("encoder", "quantizer", "decoder"):
+        _check_shapes(f"task.init_from {spec.task.init_from!r}: {name}", expected[name], start[name])
+
+
+def _tokens_task(spec: specs.Spec, load_stage: LoadStage) -> protocol.Task:
+    model = spec.model
+    if spec.task.mask_schedule not in schedules.SCHEDULES:
+        known = ", ".join(map(repr, schedules.SCHEDULES))
+        raise SpecError(f"task.mask_schedule is {spec.task.mask_schedule!r}; expected one of {known}.")
+    tokenizer = _tokenizer(load_stage(spec.task.tokenizer), "task.tokenizer")
+    _check_codebook("task.tokenizer", spec.task.tokenizer, tokenizer, model.codebook_size, "model.codebook_size")
+    side = spec.data.image_size // tokenizer.spec.factor
+    if tuple(model.grid) != (side, side) or spec.data.image_size % tokenizer.spec.factor:
+        raise SpecError(
+            f"model.grid is {model.grid}, but the tokenizer {spec.task.tokenizer!r} makes {side} x {side} tokens of a "
+            f"{spec.data.image_size} x {spec.data.image_size} picture (factor {tokenizer.spec.factor}); "
+            f"set model.grid=({side}, {side}) or change data.image_size."
+        )
+    low = None
+    if isinstance(model, specs.SuperResSpec):
+        path = spec.task.low_tokenizer
+        low = _tokenizer(load_stage(path), "task.low_tokenizer")
+        _check_codebook("task.low_tokenizer", path, low, model.low_codebook_size, "model.low_codebook_size")
+        for low_side in model.low_grid:
+            if spec.data.image_size % (low_side * low.spec.factor):
+                raise SpecError(
+                    f"model.low_grid {model.low_grid} of the tokenizer {path!r} (factor {low.spec.factor}) is a picture "
+                    f"of {low_side * low.spec.factor} pixels, which does not divide data.image_size "
+                    f"{spec.data.image_size}; change one of them."
+                )
+    return TokensTask(spec, tokenizer, low, _text_encoder(model.text, spec.data.text_length))
+
+
+def _tokenizer(stage: Any, key: str) -> Tokenizer:
+    if not isinstance(stage.spec.model, specs.VQGANSpec):
+        raise SpecError(f"{key} is {stage.path!r}, which holds a {type(stage.spec.model).__name__}; name a tokenizer.")
+    return Tokenizer(stage.spec.model, {name: stage.params[name] for name in ("encoder", "quantizer", "decoder")})
+
+
+def _check_codebook(key: str, path: str, tokenizer: Tokenizer, size: int, name: str) -> None:
+    if tokenizer.spec.codebook_size != size:
+        raise SpecError(
+            f"{key} {path!r} has {tokenizer.spec.codebook_size} codes, but {name} is {size}; "
+            f"set {name}={tokenizer.spec.codebook_size} or name another tokenizer."
+        )
+
+
+def _text_encoder(text: specs.TextEncoderSpec, length: int) -> Any:
+    """The frozen text encoder's parameters, or None where it is trained along."""
+    if text.trainable:
+        return None
+    path = os.path.join(text.weights, "params.safetensors")
+    if not os.path.exists(path):
+        raise SpecError(f"model.text.weights is {text.weights!r}, but there is no {path}; see third_party/README.md.")
+    params = traverse_util.unflatten_dict(load_file(path), sep="/")
+    fields = {f: getattr(text, f) for f in text.__dataclass_fields__ if f not in ("trainable", "weights")}
+    ids = jnp.zeros((1, length), jnp.int32)
+    expected = jax.eval_shape(t5.T5Encoder(**fields).init, jax.random.key(0), ids, ids > 0)["params"]
+    _check_shapes(f"model.text.weights {text.weights!r}", expected, params)
+    return params
+
+
+def _check_shapes(what: str, expected: Any, found: Any) -> None:
+    """Raises SpecError naming the first parameter whose shape differs or that only one side has."""
+    wanted = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(_plain(expected))}
+    have = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+    for name in sorted(wanted.keys() | have.keys()):
+        if wanted.get(name) != have.get(name):
+            raise SpecError(
+                f"{what}: {name} has shape {have.get(name, 'none, it is missing')}, but the config's model "
+                f"has {wanted.get(name, 'no such parameter')}; make the model section that of the weights."
+            )
+
+
+def _plain(tree: Any) -> Any:
+    return jax.tree.map(lambda x: getattr(x, "value", x), tree, is_leaf=lambda x: hasattr(x, "replace_boxed"))
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(getattr(key, "key", key)) for key in path)

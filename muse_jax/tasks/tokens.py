@@ -1,0 +1,251 @@
+"""Learning to predict masked image tokens: base and super-resolution (Muse, sections 2.3, 2.4, 2.6)."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from muse_jax import specs
+from muse_jax.models import vqgan
+from muse_jax.models.muse import TokenTransformer
+from muse_jax.sampling import guidance, sampler, schedules
+from muse_jax.tasks import corruption, losses
+from muse_jax.tasks.task import Batch, Mean, Metrics, Params
+
+EVALUATED_RATIOS = (0.25, 0.5, 0.75, 1.0)
+SAMPLED = 8  # prompts in the log's pictures
+
+
+class Tokenizer(NamedTuple):
+    """A trained tokenizer: its spec, and its parameters (nested dict of arrays)."""
+
+    spec: specs.VQGANSpec
+    params: Params
+
+
+class Corrupted(NamedTuple):
+    """What the model sees, and what it is asked."""
+
+    tokens: jax.Array  # [b, n] with the mask id at masked places
+    text_mask: jax.Array  # [b, t]
+    low_tokens: jax.Array | None  # [b, l]
+    mask: jax.Array  # [b, n]
+
+
+class TokensTask:
+    """Masked token prediction given text and, for super-resolution, low-resolution tokens."""
+
+    def __init__(
+        self,
+        spec: specs.Spec,
+        tokenizer: Tokenizer,
+        low_tokenizer: Tokenizer | None = None,
+        text_encoder: Params | None = None,
+    ):
+        """Args:
+        tokenizer: of the predicted tokens.
+        low_tokenizer: super-resolution only.
+        text_encoder: frozen parameters; None where the text encoder is trained along.
+        """
+        self.spec = spec
+        self.model = TokenTransformer(spec.model)
+        self.tokenizers = {"tokenizer": tokenizer} | ({"low_tokenizer": low_tokenizer} if low_tokenizer else {})
+        self.text_encoder = text_encoder
+        self.places = spec.model.grid[0] * spec.model.grid[1]
+        self.schedule = schedules.SCHEDULES[spec.task.mask_schedule]
+
+    # -------------------------------------------------------------------------------- parameters
+
+    def init(self, key: jax.Array) -> Params:
+        """See `Task.init`."""
+        model = self.spec.model
+        text = jnp.zeros((1, self.spec.data.text_length), jnp.int32)
+        low = jnp.zeros((1, model.low_grid[0] * model.low_grid[1]), jnp.int32) if self.model.super_resolution else None
+        tokens = jnp.zeros((1, self.places), jnp.int32)
+        params = dict(self.model.init(key, tokens, text, text > 0, low)["params"])
+        if self.text_encoder is not None:
+            del params["text_encoder"]
+        return params
+
+    def frozen(self) -> Params:
+        """See `Task.frozen`."""
+        networks = {name: tokenizer.params for name, tokenizer in self.tokenizers.items()}
+        return networks | ({} if self.text_encoder is None else {"text_encoder": self.text_encoder})
+
+    def labels(self, params: Params) -> Params:
+        """All parameters have one optimizer."""
+        return jax.tree.map(lambda _: "model", params)
+
+    # ---------------------------------------------------------------------------------- learning
+
+    def grads(
+        self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[Params, Metrics, None]:
+        """See `Task.grads`."""
+        del step
+        grad = jax.grad(self._loss, has_aux=True)
+        grads, metrics = grad(params, frozen, batch, key)
+        return grads, metrics, None
+
+    def after_update(self, params: Params, extras: Any, key: jax.Array, step: jax.Array) -> Params:
+        """The identity."""
+        return params
+
+    def _loss(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        task = self.spec.task
+        tokens, low_tokens = self.tokens(frozen, batch)
+        keys = corruption.example_keys(key, batch["example_id"])
+        corrupted = self.corrupt(keys, tokens, batch["text_mask"], low_tokens)
+        rngs = {"dropout": jax.random.fold_in(key, 0)} if self.spec.model.dropout else None
+        logits = self._logits(params, frozen, corrupted, batch, rngs)
+        weights = jnp.where(corrupted.mask, 1.0, task.visible_weight)
+        loss = losses.weighted_example_mean(losses.cross_entropy(logits, tokens, task.label_smoothing), weights)
+        metrics = self._metrics(logits, tokens, corrupted.mask, loss)
+        return jnp.mean(loss), metrics
+
+    def corrupt(
+        self, keys: jax.Array, tokens: jax.Array, text_mask: jax.Array, low_tokens: jax.Array | None
+    ) -> Corrupted:
+        """Masks tokens, drops texts and replaces low-resolution tokens, each example by its own key."""
+        task, model = self.spec.task, self.spec.model
+        parts = jax.vmap(functools.partial(jax.random.split, num=4))(keys)
+        ratio = functools.partial(
+            corruption.mask_ratio, schedule=self.schedule, tokens=self.places, minimum=task.min_mask_ratio
+        )
+        ratios = jax.vmap(ratio)(parts[:, 0])
+        mask = jax.vmap(functools.partial(corruption.random_mask, tokens=self.places))(parts[:, 1], ratios)
+        text_mask = jax.vmap(functools.partial(corruption.drop_text, share=task.text_dropout))(parts[:, 2], text_mask)
+        if low_tokens is not None and task.low_corruption:
+            replace = functools.partial(
+                corruption.replace_some, highest=task.low_corruption, codebook_size=model.low_codebook_size
+            )
+            low_tokens = jax.vmap(replace)(parts[:, 3], low_tokens)
+        return Corrupted(jnp.where(mask, model.codebook_size, tokens), text_mask, low_tokens, mask)
+
+    def tokens(self, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """The predicted tokens [b, n] and super-resolution's low-resolution ones [b, l].
+
+        Precomputed ones in the batch (`high_tokens`, `low_tokens`) are taken as they are.
+        """
+        high = "high_tokens" if self.model.super_resolution else "low_tokens"
+        tokens = batch[high] if high in batch else self._encode("tokenizer", frozen, batch["image"])
+        if not self.model.super_resolution:
+            return tokens, None
+        low = batch["low_tokens"] if "low_tokens" in batch else self._encode_low(frozen, batch["image"])
+        return tokens, low
+
+    def _encode_low(self, frozen: Params, images: jax.Array) -> jax.Array:
+        factor = self.tokenizers["low_tokenizer"].spec.factor
+        rows, columns = (side * factor for side in self.spec.model.low_grid)
+        shape = (images.shape[0], rows, columns, 3)
+        return self._encode("low_tokenizer", frozen, jax.image.resize(images.astype(jnp.float32), shape, "linear"))
+
+    def _encode(self, name: str, frozen: Params, images: jax.Array) -> jax.Array:
+        tokenizer = vqgan.VQGAN(self.tokenizers[name].spec)
+        ids = tokenizer.apply({"params": frozen[name]}, vqgan.to_unit(images), method="tokens")
+        return ids.reshape(ids.shape[0], -1)
+
+    def _logits(
+        self, params: Params, frozen: Params, corrupted: Corrupted, batch: Batch, rngs: Mapping | None
+    ) -> jax.Array:
+        memory = self._memory(params, frozen, batch, corrupted.text_mask, corrupted.low_tokens, rngs)
+        return self._apply(params, frozen, "logits", corrupted.tokens, memory, rngs is None, rngs=rngs)
+
+    def _memory(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        text_mask: jax.Array,
+        low_tokens: jax.Array | None,
+        rngs: Mapping | None = None,
+    ) -> Any:
+        embeddings = batch.get("text_embeddings")
+        if embeddings is None:
+            # The text as it is: only the layers that attend to it see that it was dropped.
+            embeddings = self._apply(
+                params, frozen, "encode_text", batch["text_ids"], batch["text_mask"], rngs is None, rngs=rngs
+            )
+        return self._apply(params, frozen, "condition", embeddings, text_mask, low_tokens, rngs is None, rngs=rngs)
+
+    def _apply(self, params: Params, frozen: Params, method: str, *args: Any, rngs: Mapping | None = None) -> Any:
+        if self.text_encoder is not None:
+            params = {**params, "text_encoder": frozen["text_encoder"]}
+        return self.model.apply({"params": params}, *args, method=method, rngs=rngs)
+
+    def _metrics(self, logits: jax.Array, tokens: jax.Array, mask: jax.Array, loss: jax.Array) -> dict[str, Mean]:
+        ratios = jnp.mean(mask, axis=-1)
+        plain = losses.weighted_example_mean(losses.cross_entropy(logits, tokens), mask.astype(jnp.float32))
+        right = losses.weighted_example_mean(
+            losses.accuracy(logits, tokens).astype(jnp.float32), mask.astype(jnp.float32)
+        )
+        counts = jnp.bincount(tokens.reshape(-1), length=self.spec.model.codebook_size).astype(jnp.float32)
+        return {
+            "loss": Mean.of(loss),
+            "accuracy": Mean.of(right),
+            "mask_ratio": Mean.of(ratios),
+            "unigram_entropy": Mean.of(losses.entropy_of_counts(counts)),
+            **losses.by_ratio("cross_entropy", plain, ratios),
+            **losses.by_ratio("accuracy", right, ratios),
+        }
+
+    # -------------------------------------------------------------------------------- looking at
+
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
+        """Cross-entropy without smoothing at fixed mask ratios, with the whole text; "loss" is their mean."""
+        tokens, low_tokens = self.tokens(frozen, batch)
+        keys = corruption.example_keys(key, batch["example_id"])
+        memory = self._memory(params, frozen, batch, batch["text_mask"], low_tokens)
+        metrics: dict[str, Mean] = {}
+        every = []
+        for ratio in EVALUATED_RATIOS:
+            mask = jax.vmap(lambda k, r=ratio: corruption.random_mask(k, r, self.places))(keys)
+            seen = jnp.where(mask, self.spec.model.codebook_size, tokens)
+            logits = self._apply(params, frozen, "logits", seen, memory)
+            weights = mask.astype(jnp.float32)
+            loss = losses.weighted_example_mean(losses.cross_entropy(logits, tokens), weights)
+            right = losses.accuracy(logits, tokens).astype(jnp.float32)
+            metrics[f"loss/ratio_{ratio:.2f}"] = Mean.of(loss)
+            metrics[f"accuracy/ratio_{ratio:.2f}"] = Mean.of(losses.weighted_example_mean(right, weights))
+            every.append(loss)
+        return metrics | {"loss": Mean.of(jnp.stack(every))}
+
+    def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
+        """The batch's first prompts, drawn as the config's `sample` section says; true pictures above."""
+        batch = {name: value[:SAMPLED] for name, value in batch.items()}
+        drawn = np.asarray(jax.jit(self._draw)(params, frozen, batch, key))
+        if "image" not in batch:
+            return {"samples": drawn}
+        return {"samples": np.concatenate([np.asarray(batch["image"]), drawn], axis=1)}
+
+    def _draw(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> jax.Array:
+        model, settings = self.spec.model, self.spec.sample
+        _, low_tokens = self.tokens(frozen, batch) if self.model.super_resolution else (None, None)
+        # The conditional half first, then the unconditional one, as `guidance.guided` has it.
+        twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), dict(batch))
+        text_mask = jnp.concatenate([batch["text_mask"], jnp.zeros_like(batch["text_mask"])])
+        low_twice = None if low_tokens is None else jnp.concatenate([low_tokens, low_tokens])
+        memory = self._memory(params, frozen, twice, text_mask, low_twice)
+        plan = sampler.make_plan(
+            tokens=self.places,
+            num_inference_steps=settings.num_inference_steps,
+            schedule=settings.schedule,
+            guidance_scale=settings.guidance_scale,
+            guidance_ramp=settings.guidance_ramp,
+            token_temperature=settings.token_temperature,
+            choice_temperature=settings.choice_temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+        )
+        predict = guidance.guided(lambda tokens: self._apply(params, frozen, "logits", tokens, memory))
+        keys = corruption.example_keys(key, batch["example_id"])
+        start = jnp.full((text_mask.shape[0] // 2, self.places), model.codebook_size, jnp.int32)
+        tokens, _ = sampler.decode(predict, start, plan, keys, model.codebook_size)
+        tokenizer = vqgan.VQGAN(self.tokenizers["tokenizer"].spec)
+        images = tokenizer.apply(
+            {"params": frozen["tokenizer"]}, tokens.reshape(-1, *model.grid), method="decode_tokens"
+        )
+        return vqgan.to_uint8(images)
