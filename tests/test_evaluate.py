@@ -215,6 +215,7 @@ def _flags(*arguments):
     return values
 
 
+@pytest.mark.slow  # four decode loops are compiled
 def test_the_command_on_a_real_pipeline(stages, tmp_path, capsys):
     MusePipeline(stages).save(tmp_path / "pipeline")
     out = tmp_path / "new" / "figures.json"
