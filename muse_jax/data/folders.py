@@ -22,7 +22,7 @@ from absl import logging
 
 from muse_jax.data import captions as captions_lib
 from muse_jax.data import transforms
-from muse_jax.data.substitutes import Substitutes
+from muse_jax.data.reading import Reader
 from muse_jax.specs import DataSpec
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif")
@@ -224,12 +224,14 @@ class FolderSource:
         self._has_text = any(self.scan.captions)
         if not len(self._positions):
             raise ValueError(f"The {split} split has no picture. {self.scan.summary()}")
-        self._substitutes = Substitutes(len(self), lambda i: printable(self.key(i)))
+        self._reader = Reader(
+            self._read, length=len(self), name_of=self._name, fixed=spec.crop == "center" and not spec.flip
+        )
 
     @property
     def broken(self) -> dict[str, str]:
         """The pictures whose pixels turned out to be broken so far: key -> reason."""
-        return {self.key(i): reason for i, reason in self._substitutes.broken.items()}
+        return {self.key(i): reason for i, reason in self._reader.broken.items()}
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -251,15 +253,19 @@ class FolderSource:
         Raises:
           RuntimeError: if the picture and all those tried in its place are broken.
         """
-        at, image = self._substitutes.read(index, lambda i: (i, self._pixels(i, seed)))
-        text = self.scan.captions[self._positions[at]]
-        return {"image": image, "text": text} if self._has_text else {"image": image}
+        return self._reader.example(index, seed)
 
-    def _pixels(self, index: int, seed: tuple[int, ...]) -> np.ndarray:
+    def _name(self, index: int) -> str:
+        return printable(self.key(index))
+
+    def _read(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
         path = os.path.join(self.scan.root, self.key(index))
         spec = self._spec
         transforms.check_file_size(path)  # the file may have changed since the scan
-        return transforms.decode(path, spec.image_size, crop=spec.crop, flip=spec.flip, seed=seed)
+        made = {"image": transforms.decode(path, spec.image_size, crop=spec.crop, flip=spec.flip, seed=seed)}
+        if self._has_text:
+            made["text"] = self.scan.captions[self._positions[index]]
+        return made
 
     def fingerprint(self) -> str:
         """Changes with any picture's name or size, and with any caption."""

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from muse_jax.data import transforms
-from muse_jax.data.substitutes import Substitutes
+from muse_jax.data.reading import Reader
 from muse_jax.specs import DataSpec
 
 
@@ -59,7 +59,10 @@ class TFDSSource:
         decoders = {spec.image_key: tfds.decode.SkipDecoding()} if self._encoded else None
         self._data = self._open(tfds, decoders, directory)
         self._name = f"{builder.info.full_name}/{self._split}"
-        self._substitutes = Substitutes(len(self._data), lambda i: f"example {i} of {self._name}")
+        # One of several captions is drawn by the seed, as crops and flips are.
+        many = hasattr(self._text, "feature") or "/" in spec.text_key
+        fixed = spec.crop == "center" and not spec.flip and not many
+        self._reader = Reader(self._read, length=len(self), name_of=self._name_of, fixed=fixed)
 
     def _open(self, tfds: Any, decoders: Any, directory: str | None) -> Any:
         try:
@@ -100,9 +103,12 @@ class TFDSSource:
 
     def example(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
         """The picture, text and label of an example; `seed` draws the crop, the flip and the caption."""
-        return self._substitutes.read(index, lambda i: self._example(i, seed))
+        return self._reader.example(index, seed)
 
-    def _example(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
+    def _name_of(self, index: int) -> str:
+        return f"example {index} of {self._name}"
+
+    def _read(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
         record = self._data[index]
         made = {"image": self._pixels(_get(record, self._spec.image_key), seed)}
         if self._text is not None:

@@ -1,0 +1,81 @@
+"""Reading examples one by one: substitutes for broken ones, and a cache of small ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from muse_jax.data.transforms import UnusableError
+
+CACHE_BYTES = 512 * 2**20  # of decoded pictures kept by one source
+
+_TRIED = 1000  # examples in the place of a broken one, before giving up
+
+
+class Reader:
+    """Reads examples by index, without ever failing for a broken one.
+
+    For a broken example another one is read that depends on its index alone, so the same examples are
+    seen on every machine and after every restart. Each broken one is logged once; `broken` has them all.
+
+    Where nothing about an example is random, it is kept in memory while `CACHE_BYTES` last: decoding a
+    file takes as long as a good part of a small network's step.
+
+    Args:
+      read: makes a dict with `image` from an index and a seed.
+      length: number of examples.
+      name_of: an example's name for the log, from its index.
+      fixed: whether the seed makes no difference.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, tuple[int, ...]], dict[str, Any]],
+        *,
+        length: int,
+        name_of: Callable[[int], str],
+        fixed: bool,
+    ):
+        self._read = read
+        self._length = length
+        self._name_of = name_of
+        self._kept: dict[int, dict[str, Any]] = {}
+        self._room = CACHE_BYTES if fixed else 0
+        self.broken: dict[int, str] = {}  # index -> reason
+
+    def example(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
+        """The example, or the first sound one in its place.
+
+        Raises:
+          RuntimeError: if a thousand examples in its place are broken too.
+        """
+        for attempt in range(_TRIED):
+            at = index if attempt == 0 else int(np.random.default_rng((index, attempt)).integers(self._length))
+            if at in self._kept:
+                return self._kept[at]
+            if at in self.broken:
+                continue
+            try:
+                return self._keep(at, self._read(at, seed))
+            except (UnusableError, OSError) as error:
+                self.broken[at] = str(error)
+                logging.warning(
+                    "Skipped %s (%s); another example stands in for it. So far %d of %d turned out broken.",
+                    self._name_of(at), error, len(self.broken), self._length,
+                )  # fmt: skip
+        raise RuntimeError(
+            f"{self._name_of(index)} and all examples tried in its place are broken: "
+            + "; ".join(f"{self._name_of(i)} ({reason})" for i, reason in list(self.broken.items())[:5])
+        )
+
+    def _keep(self, index: int, example: dict[str, Any]) -> dict[str, Any]:
+        size = example["image"].nbytes
+        if size <= self._room:  # several threads may pass at once, and be a few pictures over
+            self._room -= size
+            example["image"].flags.writeable = False
+            self._kept[index] = example
+        return example
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}, "_room": self._room + sum(e["image"].nbytes for e in self._kept.values())}

@@ -1,0 +1,237 @@
+"""What a run sees is a function of the seed and the step: however it is stopped, sharded or sped up."""
+
+import itertools
+import os
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from muse_jax import data
+from muse_jax.data.loader import Batches, Loader
+from muse_jax.specs import DataSpec
+from muse_jax.text.vocabulary import ByteVocabulary
+
+SCENES = DataSpec(name="scenes", image_size=16, text_length=20)
+
+
+class Numbers:
+    """A source whose pictures say which example they are, and with which seed they were made."""
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def example(self, index: int, seed: tuple[int, ...]) -> dict:
+        time.sleep(0.0002 * (index % 3))  # so that threads overtake each other
+        return {"image": np.full((1, 1, 3), index % 256, np.uint8), "label": hash(seed) % 1000}
+
+
+def loader_of(length: int = 10, start_step: int = 0, prefetch: int = 2, **options) -> Loader:
+    options = {"batch_size": 4, "seed": 0, **options}
+    return Loader(Batches(Numbers(length), **options), start_step=start_step, prefetch=prefetch)
+
+
+def take(loader: Loader, count: int) -> list[dict]:
+    batches = list(itertools.islice(loader, count))
+    loader.close()
+    return batches
+
+
+def equal(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for key in one:
+        np.testing.assert_array_equal(one[key], other[key])
+        assert one[key].dtype == other[key].dtype
+
+
+def scenes_loader(**options) -> Loader:
+    spec = options.pop("spec", SCENES)
+    vocabulary = data.make_vocabulary(spec)
+    return data.make_loader(spec, **{"batch_size": 8, "seed": 1, "vocabulary": vocabulary, **options})
+
+
+def test_a_batch_has_what_the_networks_expect():
+    (batch,) = take(scenes_loader(), 1)
+    assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
+        "example_id": ((8,), "int32"),
+        "image": ((8, 16, 16, 3), "uint8"),
+        "text_ids": ((8, 20), "int32"),
+        "text_mask": ((8, 20), "bool"),
+    }
+    source = data.make_source(SCENES)
+    vocabulary = data.make_vocabulary(SCENES)
+    for row, example_id in enumerate(batch["example_id"]):  # text, picture and id belong together
+        example = source[int(example_id) % len(source)]
+        np.testing.assert_array_equal(batch["image"][row], example["image"])
+        assert vocabulary.decode(batch["text_ids"][row]) == example["text"].replace(",", " ,")
+
+
+def test_every_epoch_has_every_example_once_in_another_order():
+    ids = np.concatenate([batch["example_id"] for batch in take(loader_of(10), 15)])  # 6 epochs of 10, batches across
+    epochs = ids.reshape(6, 10)
+    for number, epoch in enumerate(epochs):
+        assert sorted(epoch % 10) == list(range(10))
+        assert (epoch // 10 == number).all()  # ids of two epochs differ
+    assert len({tuple(epoch % 10) for epoch in epochs}) == 6
+
+
+def test_the_order_is_shuffled_well():
+    batches = take(loader_of(1000, batch_size=100), 10)
+    first = batches[0]["example_id"]
+    assert 350 < first.mean() < 650
+    assert np.abs(np.diff(first)).mean() > 200
+    other = take(loader_of(1000, batch_size=100, seed=1), 1)[0]["example_id"]
+    assert len(set(first) & set(other)) < 40
+    held = take(loader_of(1000, batch_size=100, split="eval"), 1)[0]["example_id"]
+    assert len(set(first) & set(held)) < 40
+
+
+@pytest.mark.parametrize("start", [1, 3, 7])
+def test_a_restart_sees_what_the_whole_run_would_have_seen(start):
+    whole = take(loader_of(10), 10)
+    for one, other in zip(whole[start:], take(loader_of(10, start_step=start), 10 - start), strict=True):
+        equal(one, other)
+    loader = loader_of(10, start_step=start)
+    equal(loader.batches[5], whole[5])  # and by number
+    next(loader)
+    assert loader.step == start + 1
+    loader.close()
+
+
+def test_the_same_with_more_threads_or_none():
+    whole = take(loader_of(10, prefetch=2), 6)
+    for prefetch in (0, 1, 8):
+        for one, other in zip(whole, take(loader_of(10, prefetch=prefetch), 6), strict=True):
+            equal(one, other)
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_processes_share_a_batch_and_each_makes_its_rows(processes):
+    whole = take(loader_of(13, batch_size=8), 4)
+    parts = [take(loader_of(13, batch_size=8, process_index=i, process_count=processes), 4) for i in range(processes)]
+    for step, expected in enumerate(whole):
+        joined = {key: np.concatenate([part[step][key] for part in parts]) for key in expected}
+        equal(joined, expected)
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(ValueError, match="8 does not divide into 3 processes"):
+        loader_of(batch_size=8, process_count=3)
+
+
+def test_a_source_smaller_than_the_batch_repeats_with_ids_of_their_own():
+    (batch,) = take(loader_of(3, batch_size=12), 1)
+    assert sorted(batch["example_id"]) == list(range(12))
+    assert sorted(batch["image"][:, 0, 0, 0]) == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(set(batch["label"].tolist())) > 3  # their crops differ too
+
+
+def test_ids_stay_in_32_bits():
+    loader = loader_of(10, start_step=2**36)
+    (batch,) = take(loader, 1)
+    assert batch["example_id"].dtype == np.int32
+    assert (batch["example_id"] >= 0).all()
+    indices, ids = loader.batches.indices(2**36)
+    assert [i % 10 for i in ids] == indices
+
+
+def test_pictures_of_a_folder_are_cropped_anew_in_every_epoch(tmp_path):
+    for i in range(3):
+        noise = np.random.default_rng(i).integers(0, 256, (8, 64, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+    spec = DataSpec(name="folder", path=str(tmp_path), image_size=8, text_length=4, crop="random")
+    vocabulary = data.make_vocabulary(spec)
+    assert {"picture", "0"} & set(vocabulary.words)
+    length = len(data.make_source(spec))
+
+    def epochs(seed: int) -> list[dict]:
+        return take(data.make_loader(spec, batch_size=length, seed=seed, vocabulary=vocabulary), 6)
+
+    seen = epochs(0)
+    for one, other in zip(seen, epochs(0), strict=True):
+        equal(one, other)
+    crops = {picture.tobytes() for batch in seen for picture in batch["image"]}
+    assert len(crops) == 6 * length
+    assert epochs(1)[0]["image"].tobytes() != seen[0]["image"].tobytes()
+
+
+def test_text_that_cannot_be_had_is_said_at_once(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="no vocabulary"):
+        data.make_loader(SCENES, batch_size=2, seed=0)
+    with pytest.raises(ValueError, match="'train' or 'eval'"):
+        data.make_loader(SCENES, batch_size=2, seed=0, split="test")
+    folder = DataSpec(name="folder", path=str(tmp_path), image_size=8, text_length=4)
+    with pytest.raises(ValueError, match="no caption"):
+        data.make_loader(folder, batch_size=1, seed=0, vocabulary=ByteVocabulary())
+
+
+def test_scenes_refuse_what_would_make_their_captions_wrong():
+    with pytest.raises(ValueError, match="left and right"):
+        data.make_source(DataSpec(name="scenes", image_size=16, flip=True))
+    with pytest.raises(ValueError, match="'validation'.*'held_out'"):
+        data.make_source(DataSpec(name="scenes", image_size=16, eval_split="validation"), "eval")
+
+
+def test_train_and_evaluation_scenes_differ():
+    train, held = (take(scenes_loader(split=split), 1)[0] for split in ("train", "eval"))
+    assert train["image"].tobytes() != held["image"].tobytes()
+    assert len(data.make_source(SCENES, "eval")) < len(data.make_source(SCENES))
+
+
+def test_synthetic_batches_are_full_and_free():
+    spec = DataSpec(name="synthetic", image_size=32, text_length=12)
+    loader = data.make_loader(spec, batch_size=64, seed=0, vocabulary=data.make_vocabulary(spec))
+    first = next(loader)
+    assert first["image"].shape == (64, 32, 32, 3)
+    assert first["text_mask"].all()
+    assert len({tuple(row) for row in first["text_ids"].tolist()}) > 20
+    assert first["label"].max() < 1000
+    equal(first, take(data.make_loader(spec, batch_size=64, seed=0, vocabulary=ByteVocabulary()), 1)[0])
+    start = time.perf_counter()
+    take(loader, 20)
+    assert (time.perf_counter() - start) / 20 < 0.02
+
+
+def test_vocabularies_by_name():
+    assert data.make_vocabulary(DataSpec(name="scenes", image_size=16)) is None  # no text in the batch
+    words = data.make_vocabulary(SCENES)
+    assert words.unknown("on a gray background, three little purple crosses to the left of an orange circle") == []
+    assert data.make_vocabulary(DataSpec(name="scenes", image_size=16, text_length=4, vocabulary="bytes")).size == 259
+    with pytest.raises(FileNotFoundError, match="'sceens'"):
+        data.make_vocabulary(DataSpec(name="scenes", image_size=16, text_length=4, vocabulary="sceens"))
+
+
+def test_fingerprints_name_the_data():
+    assert data.fingerprint(SCENES) == data.fingerprint(DataSpec(name="scenes", image_size=64))
+    assert data.fingerprint(SCENES) != data.fingerprint(DataSpec(name="scenes", image_size=16, split="held_out"))
+    assert data.fingerprint(DataSpec(name="synthetic", image_size=8)) == "synthetic"
+    with pytest.raises(ValueError, match="'senes'"):
+        data.fingerprint(DataSpec(name="senes", image_size=16))
+
+
+def _children() -> set[int]:
+    return {int(pid) for pid in pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+@pytest.mark.slow
+def test_loading_processes_give_the_same_batches_and_may_die():
+    spec = DataSpec(name="scenes", image_size=16, text_length=20, workers=2)
+    expected = take(scenes_loader(), 40)
+    before = _children()
+    loader = scenes_loader(spec=spec)
+    for step in range(5):
+        equal(next(loader), expected[step])
+    for child in _children() - before:
+        if b"resource_tracker" not in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(child, signal.SIGKILL)
+    for step in range(5, 40):
+        equal(next(loader), expected[step])
+    loader.close()

@@ -1,0 +1,181 @@
+"""TFDS data sets: the scenes built by its command and read back, and another with labels and many captions."""
+
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from muse_jax import data
+from muse_jax.data import scenes
+from muse_jax.specs import DataSpec
+
+COUNT = 24
+
+PETS = '''
+import numpy as np
+import tensorflow_datasets as tfds
+
+
+class Pets(tfds.core.GeneratorBasedBuilder):
+    """Grey pictures with a label and several captions."""
+
+    VERSION = tfds.core.Version("2.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+            "photo": tfds.features.Image(shape=(None, None, 1)),
+            "species": tfds.features.ClassLabel(names=["house_cat", "dog"]),
+            "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
+            "depth": tfds.features.Image(shape=(4, 6, 1), dtype=np.float32),
+        }))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(6), "test": self._generate_examples(2)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {
+                "photo": np.full((10, 20, 1), 40 * i, np.uint8),
+                "species": i % 2,
+                "captions": [{"text": f"picture {i}, seen by {k}"} for k in ("ann", "bob", "eve")],
+                "depth": np.full((4, 6, 1), i / 10, np.float32),
+            }
+
+
+if __name__ == "__main__":
+    import sys
+
+    from muse_jax.data import scenes_builder
+
+    folder = sys.argv[1]
+    Pets(data_dir=folder, file_format="array_record").download_and_prepare()
+    Pets(data_dir=folder + "/old", file_format="tfrecord").download_and_prepare()
+    scenes_builder.main([f"--data_dir={folder}", "--config=32", "--max_examples_per_split=24"])
+'''
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> str:
+    """A TFDS data directory with pets and scenes; another process makes it, with TensorFlow."""
+    folder = tmp_path_factory.mktemp("tfds")
+    script = folder / "pets.py"
+    script.write_text(PETS)
+    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return str(folder)
+
+
+@pytest.fixture
+def spec(built) -> DataSpec:
+    return DataSpec(
+        name="tfds", dataset="scenes/32", path=built, image_size=32, text_key="caption", text_length=20,
+        vocabulary="captions",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def pets(built) -> DataSpec:
+    return DataSpec(name="tfds", dataset="pets", path=built, image_size=8, image_key="photo")
+
+
+def test_scenes_come_back_as_they_were_made(spec):
+    made = {scene.caption: scene for scene in scenes.scenes(range(COUNT), split="test")}
+    source = data.make_source(spec, "eval")
+    assert len(source) == COUNT
+    for i in range(COUNT):
+        example = source[i]
+        np.testing.assert_array_equal(example["image"], scenes.render(made[example["text"]], 32))
+
+
+def test_batches_of_a_tfds_data_set(spec):
+    vocabulary = data.make_vocabulary(spec)
+    assert set(vocabulary.words) <= set(scenes.WORDS)
+    loader = data.make_loader(spec, batch_size=6, seed=0, vocabulary=vocabulary, start_step=3)
+    batch = next(loader)
+    loader.close()
+    assert sorted(k for k in batch) == ["example_id", "image", "label", "text_ids", "text_mask"]
+    assert batch["text_mask"].sum(1).min() >= 8
+    example = data.make_source(spec)[int(batch["example_id"][0]) % COUNT]
+    np.testing.assert_array_equal(batch["image"][0], example["image"])
+
+
+def test_labels_become_text_and_numbers(pets):
+    source = data.make_source(dataclasses.replace(pets, text_key="species", text_length=4))
+    examples = [source[i] for i in range(len(source))]
+    assert {(e["text"], e["label"]) for e in examples} == {("house cat", 0), ("dog", 1)}
+    assert sorted(int(e["image"].mean()) for e in examples) == [0, 40, 80, 120, 160, 200]  # grey to RGB
+    assert all(e["image"].shape == (8, 8, 3) for e in examples)
+    vocabulary = data.make_vocabulary(dataclasses.replace(pets, text_key="species", text_length=4))
+    assert sorted(vocabulary.words) == ["cat", "dog", "house"]
+    plain = data.make_source(pets)[0]  # the only label feature goes along, for class-conditional models
+    assert sorted(plain) == ["image", "label"]
+
+
+def test_one_of_many_captions_is_drawn_by_the_seed(pets):
+    source = data.make_source(dataclasses.replace(pets, text_key="captions/text", text_length=8))
+    number = source[0]["text"].split(",")[0]
+    seen = {source.example(0, (seed,))["text"] for seed in range(30)}
+    assert seen == {f"{number}, seen by {name}" for name in ("ann", "bob", "eve")}
+    assert source.example(0, (5,))["text"] == source.example(0, (5,))["text"]
+    assert len(list(source.captions())) == 18
+
+
+def test_pictures_of_floats_are_scaled(pets):
+    source = data.make_source(dataclasses.replace(pets, image_key="depth", image_size=4))
+    values = sorted(float(source[i]["image"].mean()) for i in range(len(source)))
+    np.testing.assert_allclose(values, [0, 25.5, 51, 76.5, 102, 127.5], atol=1)
+
+
+def test_splits_and_slices(pets):
+    assert len(data.make_source(pets, "eval")) == 2
+    assert len(data.make_source(dataclasses.replace(pets, split="train[:50%]"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"text_key": "captoin"}, ("data.text_key is 'captoin'", "captions/text (Text)", "species (ClassLabel)")),
+        ({"text_key": "photo"}, ("of type Image; expected Text or ClassLabel", "photo (Image)")),
+        ({"image_key": "image"}, ("data.image_key is 'image'", "photo (Image)")),
+        ({"text_length": 5}, ("data.text_key is empty", "captions/text (Text)")),
+        ({"split": "trian"}, ("'trian'", "'train'")),
+        ({"dataset": "petz"}, ("'petz'",)),
+        ({"dataset": ""}, ("data.dataset is empty",)),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_there_is(pets, changes, parts):
+    with pytest.raises(ValueError) as caught:
+        data.make_source(dataclasses.replace(pets, **changes))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_format_without_random_access_says_what_to_do(pets):
+    with pytest.raises(ValueError, match="file_format=array_record"):
+        data.make_source(dataclasses.replace(pets, path=f"{pets.path}/old"))
+
+
+def test_fingerprints_have_name_version_and_count(pets, spec):
+    assert data.fingerprint(pets) == "tfds:pets/2.0.0/train:6"
+    assert data.fingerprint(spec) == f"tfds:scenes/32/{scenes.VERSION}.0.0/train:{COUNT}"
+
+
+def test_reading_does_not_import_tensorflow(spec):
+    code = (
+        "import sys; from muse_jax import data; from muse_jax.specs import DataSpec\n"
+        f"spec = {spec!r}\n"
+        "next(data.make_loader(spec, batch_size=2, seed=0, vocabulary=data.make_vocabulary(spec)))\n"
+        "sys.exit('tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_builder_is_where_its_documentation_says():
+    from muse_jax.data import scenes_builder
+
+    assert "tfds build muse_jax/data/scenes_builder.py" in scenes_builder.__doc__
+    assert pathlib.Path(scenes_builder.__file__).as_posix().endswith("muse_jax/data/scenes_builder.py")
