@@ -242,7 +242,7 @@ def _pictures(data: DataSpec, count: int, seed: int) -> tuple[np.ndarray, list[s
 def _tokens(stage: Any, images: np.ndarray, batch_size: int) -> np.ndarray:
     """Token ids int32 [n, rows, columns] of pictures uint8 [n, h, w, 3]; n is a multiple of batch_size."""
     model = vqgan.VQGAN(stage.spec.model)
-    params = jax.device_put(stage.params.get("generator", stage.params))  # a run has the discriminator's too
+    params = jax.device_put({name: stage.params[name] for name in ("encoder", "quantizer")})
 
     @jax.jit
     def encode(params: Any, batch: jax.Array) -> jax.Array:

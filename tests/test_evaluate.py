@@ -167,13 +167,13 @@ def test_tokenizers_are_measured_on_the_scenes_of_the_prompts(stages):
 
 
 def test_tokens_are_those_of_the_stages_encoder(stages):
-    """Of a run's own parameters too, which have the encoder under `generator`."""
+    """Of a run's own parameters too, which have a discriminator's beside them."""
     stage = stages["tokenizer_low"]
     images = scenes.render_batch(scenes.scenes(range(4)), 32)
     params = jax.tree.map(jnp.asarray, stage.params)
     tokenize = vqgan.VQGAN(stage.spec.model).apply
     expected = tokenize({"params": params}, vqgan.to_unit(jnp.asarray(images)), method="tokens")
-    run = dataclasses.replace(stage, params={"generator": stage.params, "discriminator": {}})
+    run = dataclasses.replace(stage, params={**stage.params, "discriminator": {"kernel": np.ones(3)}})
     for tried in (stage, run):
         np.testing.assert_array_equal(evaluate._tokens(tried, images, 2), expected)
 
