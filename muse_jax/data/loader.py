@@ -1,7 +1,7 @@
 """One loader for all data: shuffled, repeatable, sharded by process, its position a step number.
 
 The stream of examples is a function of the seed: position p lies in epoch ``p // len(source)``, and
-each epoch is shuffled by itself (Grain's index shuffle, which needs no list of indices). Batch n
+each epoch is shuffled by itself, by index (`Order`). Batch n
 holds positions ``n * batch_size`` and on, so it depends on (seed, n) alone, every example comes once
 an epoch, and a restart needs no more than the step. A process makes its own rows of each batch.
 
@@ -23,9 +23,32 @@ from muse_jax.specs import DataSpec
 from muse_jax.text.vocabulary import Vocabulary
 
 _STEPS = 2**40  # Grain wants an end; no run gets there
+_LISTED = 2**14  # examples up to which an epoch's order is a list
 _REBUILDS = 3  # times that loading processes may die
 _DECODE_THREADS = 16
 _SPLIT_STREAM = {"train": 0, "eval": 1}
+
+
+class Order:
+    """A shuffled order of the indices 0..length-1, another in every epoch; ``order[p]`` for any position p."""
+
+    def __init__(self, length: int, seed: int):
+        self._length = length
+        self._seed = seed
+        self._epochs: dict[int, np.ndarray] = {}
+        # Grain computes an entry alone, without a list; but it walks 2**16 / length steps to it.
+        self._large = grain.MapDataset.range(length).shuffle(seed=seed) if length >= _LISTED else None
+
+    def __getitem__(self, position: int) -> int:
+        if self._large is not None:
+            return int(self._large[position])
+        epoch, at = divmod(position, self._length)
+        order = self._epochs.get(epoch)
+        if order is None:  # several threads may make it at once, the same
+            bits = np.random.PCG64((self._seed, epoch)).random_raw(self._length)  # the same in every NumPy
+            order = np.argsort(bits, kind="stable")
+            self._epochs = {**{e: o for e, o in self._epochs.items() if abs(e - epoch) < 3}, epoch: order}
+        return int(order[at])
 
 
 class Batches:
@@ -65,7 +88,7 @@ class Batches:
         self._vocabulary = vocabulary
         self._text_length = text_length
         self._seed = int(np.random.SeedSequence((seed % 2**64, _SPLIT_STREAM[split])).generate_state(1)[0])
-        self._order = grain.MapDataset.range(len(source)).shuffle(seed=self._seed)
+        self._order = Order(len(source), self._seed)
         self._pool: futures.ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
@@ -79,7 +102,7 @@ class Batches:
         """
         length = len(self._source)
         start = step * self._batch_size + self._first_row
-        indices = [int(self._order[position]) for position in range(start, start + self._rows)]
+        indices = [self._order[position] for position in range(start, start + self._rows)]
         epochs = max((2**31 - 1) // length, 1)  # ids stay in int32
         ids = [(start + row) // length % epochs * length + index for row, index in enumerate(indices)]
         return indices, ids
@@ -97,11 +120,18 @@ class Batches:
     def _examples(self, indices: Sequence[int], seeds: Sequence[tuple[int, ...]]) -> dict[str, Any]:
         if hasattr(self._source, "batch"):
             return self._source.batch(indices, seeds)
+        threads = min(os.cpu_count() or 1, _DECODE_THREADS, len(indices))
         if self._pool is None:  # made here, since a pool cannot be sent to another process
-            self._pool = futures.ThreadPoolExecutor(min(os.cpu_count() or 1, _DECODE_THREADS), "decode")
-        examples = list(self._pool.map(self._source.example, indices, seeds))
+            self._pool = futures.ThreadPoolExecutor(threads, "decode")
+        # A few long tasks: handing over each example would take longer than an example from memory.
+        tasks = [self._pool.submit(self._read, indices[i::threads], seeds[i::threads]) for i in range(threads)]
+        parts = [task.result() for task in tasks]
+        examples = [parts[row % threads][row // threads] for row in range(len(indices))]
         made = {key: [example[key] for example in examples] for key in examples[0]}
         return {**made, "image": np.stack(made["image"])}
+
+    def _read(self, indices: Sequence[int], seeds: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+        return [self._source.example(index, seed) for index, seed in zip(indices, seeds, strict=True)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
@@ -121,12 +151,10 @@ class Loader:
         self._prefetch = max(prefetch, 0)
         self._workers = workers
         self._rebuilds = 0
-        self._start()
-
-    def _start(self) -> None:
-        self._iterator = self._build()
+        self._running: list[Any] = []
         # At the interpreter's end Grain's own clean-up comes too late.
-        self._finalizer = weakref.finalize(self, self._iterator.close)
+        self._finalizer = weakref.finalize(self, _stop, self._running)
+        self._running.append(self._build())
 
     def _build(self) -> Any:
         dataset = grain.MapDataset.source(self.batches)[self.step :]
@@ -146,9 +174,11 @@ class Loader:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
+        if not self._running:
+            raise ValueError("This loader is closed.")
         while True:
             try:
-                batch = next(self._iterator)
+                batch = next(self._running[0])
                 break
             except RuntimeError as error:
                 # A loading process was killed (for memory, perhaps). The position is only a number, so start anew.
@@ -156,15 +186,20 @@ class Loader:
                     raise
                 self._rebuilds += 1
                 logging.error("Loading processes failed at step %d (%s); starting them again.", self.step, error)
-                self.close()
-                self._start()
+                _stop(self._running)
+                self._running.append(self._build())
         self.step += 1
         # Arrays of other processes lie in shared memory that Grain takes back when they are dropped.
         return {key: np.array(value) for key, value in batch.items()} if self._workers else batch
 
     def close(self) -> None:
         """Stops threads and processes; what they had made ahead is lost."""
-        self._finalizer()
+        _stop(self._running)
+
+
+def _stop(running: list[Any]) -> None:
+    while running:
+        running.pop().close()
 
 
 def make_loader(

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from muse_jax import data
-from muse_jax.data.loader import Batches, Loader
+from muse_jax.data.loader import Batches, Loader, Order
 from muse_jax.specs import DataSpec
 from muse_jax.text.vocabulary import ByteVocabulary
 
@@ -79,6 +79,20 @@ def test_every_epoch_has_every_example_once_in_another_order():
         assert sorted(epoch % 10) == list(range(10))
         assert (epoch // 10 == number).all()  # ids of two epochs differ
     assert len({tuple(epoch % 10) for epoch in epochs}) == 6
+
+
+@pytest.mark.parametrize("length", [1, 2, 1000, 2**14 - 1, 2**14, 20_001])
+def test_orders_of_every_length_are_whole_and_quick(length):
+    order = Order(length, seed=5)
+    start = time.perf_counter()
+    epochs = [[order[p] for p in range(e * length, (e + 1) * length)] for e in range(2)]
+    assert (time.perf_counter() - start) / (2 * length) < 2e-4
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(length))
+    if length > 2:
+        assert epochs[0] != epochs[1]
+        assert epochs[0][:5] == [Order(length, seed=5)[p] for p in range(5)]
+        assert epochs[0][:5] != [Order(length, seed=6)[p] for p in range(5)]
+    assert order[10**9 * length] in range(length)
 
 
 def test_the_order_is_shuffled_well():
