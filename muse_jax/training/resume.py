@@ -135,8 +135,9 @@ def _free(key: str) -> bool:
 
 def _changes(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     """{key: (old, new)} of the leaves that differ. A key that one of them lacks is None there."""
-    if isinstance(old, Mapping) or isinstance(new, Mapping):
-        old, new = (tree if isinstance(tree, Mapping) else {} for tree in (old, new))
+    both = [{} if tree is None else tree for tree in (old, new)]
+    if (old, new) != (None, None) and all(isinstance(tree, Mapping) for tree in both):
+        old, new = both
         found: dict[str, tuple[Any, Any]] = {}
         for key in [*old, *(k for k in new if k not in old)]:
             found |= _changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)

@@ -62,6 +62,7 @@ class Program:
         self.labels = task.labels(params)
         self.tx = optimizers.make_optimizer(spec.optimizer, self.labels, self.axes, spec.train.steps)
         self.schedule = optimizers.make_schedule(spec.optimizer, spec.train.steps)
+        self._train_key, self._update_key = (stream_key(spec.seed, stream) for stream in (TRAIN, UPDATE))
         self.batch_sharding = sharding.batch_sharding(mesh, spec.rules)
         state = jax.eval_shape(self._initial, stream_key(spec.seed, INIT))
         self.state = _abstract(state, self._state_shardings(state, boxes))
@@ -110,13 +111,13 @@ class Program:
 
     def train_step(self, state: State, frozen: Any, batch: Any) -> tuple[State, dict[str, Any]]:
         """One step. If the loss, the gradient or the new parameters aren't finite, nothing but `step` changes."""
-        key = jax.random.fold_in(stream_key(self.spec.seed, TRAIN), state.step)
+        key = jax.random.fold_in(self._train_key, state.step)
         grads, metrics, extras = self._accumulate(state.params, frozen, batch, key, state.step)
         metrics = dict(metrics)
         norms = self._grad_norms(grads)
         updates, optimizer = self.tx.update(grads, state.optimizer, state.params)
         params = jax.tree.map(_apply, self.labels, state.params, updates)
-        key = jax.random.fold_in(stream_key(self.spec.seed, UPDATE), state.step)
+        key = jax.random.fold_in(self._update_key, state.step)
         params = self.task.after_update(params, extras, key, state.step)
         param_norm = optax.tree.norm([p.astype(jnp.float32) for p in jax.tree.leaves(params)])
         finite = jnp.isfinite(_value(metrics["loss"])) & jnp.isfinite(norms["grad_norm"]) & jnp.isfinite(param_norm)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_GOLDEN = np.uint32(0x9E3779B9)
+_MIX = ((16, np.uint32(0x85EBCA6B)), (13, np.uint32(0xC2B2AE35)))
 _UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 
 
@@ -49,10 +51,12 @@ def describe(tree: Any) -> dict[str, tuple[list[int], str]]:
 
 
 def fingerprint(leaf: jax.Array) -> jax.Array:
-    """A uint32 of an array's bits: the sum of bits * (2 * index + 1) modulo 2**32.
+    """A uint32 of an array's bits: the sum over elements of mix(bits xor index * golden) modulo 2**32.
 
-    Integer addition is associative, so no mesh and no order of summation changes the value; the
-    weights are odd, so no flipped bit goes unseen. Jit-able; see `fingerprint_numpy`.
+    Integer addition is associative, so no mesh and no order of summation changes the value. `mix` is
+    MurmurHash3's finalizer, a bijection: a change of one element always shows, and one of many (all
+    values doubled, say, which weights linear in the index can miss) but for a chance of 2**-32.
+    Jit-able; see `fingerprint_numpy`.
     """
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
@@ -64,15 +68,24 @@ def fingerprint(leaf: jax.Array) -> jax.Array:
     for axis in reversed(range(bits.ndim)):
         index = index + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
         stride *= bits.shape[axis]
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+    mixed = bits ^ (index * _GOLDEN)
+    for shift, factor in _MIX:
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 def fingerprint_numpy(leaf: np.ndarray) -> int:
     """`fingerprint` of an array on the host."""
     leaf = np.ascontiguousarray(leaf)
-    bits = leaf.reshape(-1).view(_UNSIGNED[min(leaf.dtype.itemsize, 4)]).astype(np.uint32)
-    index = np.arange(bits.size, dtype=np.uint32)
-    return int(np.sum(bits * (2 * index + 1), dtype=np.uint32))
+    bits = leaf.reshape(-1).view(_UNSIGNED[min(leaf.dtype.itemsize, 4)]).astype(np.uint32, copy=False)
+    mixed = np.arange(bits.size, dtype=np.uint32)
+    mixed *= _GOLDEN
+    mixed ^= bits
+    for shift, factor in _MIX:
+        mixed ^= mixed >> shift
+        mixed *= factor
+    mixed ^= mixed >> 16
+    return int(np.sum(mixed, dtype=np.uint32))
 
 
 @jax.jit

@@ -1,0 +1,370 @@
+"""What a run does: exact steps, exact resuming, refusals, and steps that aren't finite."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+
+from muse_jax import specs
+from muse_jax.training import feed, logs, resume, sharding, trainer, trees
+from muse_jax.training import step as steps
+from muse_jax.training.checkpoint import CheckpointError, Checkpoints, load_stage
+
+
+def program_of(run, task=None):
+    task = task or toys.Masked()
+    mesh = sharding.make_mesh(run.mesh)
+    program = steps.Program(run, task, mesh, task.frozen())
+    return program, jax.device_put(sharding.unbox(task.frozen()), steps.shardings_of(program.frozen))
+
+
+def state_of(workdir, run, task=None):
+    """The whole state of a workdir's newest checkpoint."""
+    program, _ = program_of(run, task)
+    checkpoints = Checkpoints(workdir, keep=9)
+    items, meta = checkpoints.restore(steps.checkpoint_items(program.state), lambda _: None)
+    checkpoints.close()
+    return steps.from_items(program.state, items, meta["step"]), meta
+
+
+def compiled_of(run, task=None):
+    """`program_of` with the compiled step."""
+    program, frozen = program_of(run, task)
+    batch = program.abstract_batch(toys.batch_of(0, run.train.batch_size))
+    return program, frozen, program.lower_train(batch).compile()
+
+
+def run_steps(run, count, task=None, poisoned=()):
+    """The states after 0, 1, ... `count` steps, without any of the trainer's loop."""
+    program, frozen, compiled = compiled_of(run, task)
+    state = program.initial()
+    states, metrics = [jax.device_get(state)], []
+    for step in range(count):
+        batch = sharding.put(toys.batch_of(step, run.train.batch_size, step in poisoned), program.batch_sharding)
+        state, values = compiled(state, frozen, batch)
+        states.append(jax.device_get(state))
+        metrics.append({name: m.total / m.weight for name, m in jax.device_get(values).items()})
+    return states, metrics
+
+
+def test_a_run_is_its_steps(tmp_path):
+    """The loop adds nothing to the steps: same bits as steps called by hand; files are where they should be."""
+    run = toys.spec(**{"optimizer.ema_decay": 0.9, "train.eval_every": 4, "train.sample_every": 4})
+    result = toys.train(run, tmp_path)
+    states, metrics = run_steps(run, 8)
+    state, meta = state_of(tmp_path, run)
+    assert toys.bits(state) == toys.bits(states[-1])
+    assert meta["config"] == specs.to_config(run) == json.loads((tmp_path / "config.json").read_text())
+    lines = logs.read_metrics(tmp_path)
+    np.testing.assert_allclose(
+        [line["grad_norm"] for line in lines if "grad_norm" in line],
+        [(metrics[i]["grad_norm"] + metrics[i + 1]["grad_norm"]) / 2 for i in range(0, 8, 2)],
+        rtol=1e-5,
+    )
+    assert [line["step"] for line in lines if "eval/loss" in line] == [4, 8]
+    assert sorted(os.listdir(tmp_path / "samples")) == ["tokens-0000004.png", "tokens-0000008.png"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "8"]
+    assert sorted(os.listdir(tmp_path / "checkpoints/8")) == [
+        "_CHECKPOINT_METADATA", "commit_success.txt", "ema", "meta", "optimizer", "params"
+    ]  # fmt: skip
+    assert result.metrics["loss"] == pytest.approx(
+        sum(line["loss"] for line in lines if line["step"] == 8 and "loss" in line)
+    )
+    assert "compile_seconds" in lines[0]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
+    run = toys.spec()
+    first = toys.train(run, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def explode(*_):
+        raise AssertionError("nothing is to be loaded")
+
+    again = toys.train(run, tmp_path, make_batches=explode, eval_batches=explode)
+    assert again == dataclasses.replace(first, was_finished=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("kind", sorted(toys.TASKS))
+def test_stopped_and_started_again_gives_the_same_bits(tmp_path, kind):
+    """A run in three pieces, of which one ends with an error between checkpoints, equals one in one piece."""
+    task = toys.TASKS[kind]()
+    run = toys.spec(**{"optimizer.ema_decay": 0.9})
+    toys.train(run, tmp_path / "whole", task)
+
+    def broken(start, until):
+        for step, batch in enumerate(toys.batches(start), start):
+            if step == until:
+                raise OSError("the data are gone")
+            yield batch
+
+    for until in (4, 7):
+        with pytest.raises(OSError, match="the data are gone"):
+            toys.train(run, tmp_path / "pieces", task, make_batches=lambda start, u=until: broken(start, u))
+    toys.train(run, tmp_path / "pieces", task)
+    whole, pieces = (state_of(tmp_path / name, run, task) for name in ("whole", "pieces"))
+    assert toys.bits(whole[0]) == toys.bits(pieces[0])
+    assert whole[1] == pieces[1]
+    kept = [
+        [(line["step"], line.get("loss"), line.get("eval/loss")) for line in logs.read_metrics(tmp_path / name)
+         if "loss" in line or "eval/loss" in line]
+        for name in ("whole", "pieces")
+    ]  # fmt: skip
+    assert {step for step, *_ in kept[1]} == {2, 4, 6, 8}
+    assert kept[0][-1] == kept[1][-1]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
+    run = toys.spec(**{"optimizer.ema_decay": 0.9})
+    states, metrics = run_steps(run, 5, poisoned=(2,))
+    for name in ("params", "optimizer", "ema"):
+        assert toys.bits(getattr(states[3], name)) == toys.bits(getattr(states[2], name))
+        assert toys.bits(getattr(states[4], name)) != toys.bits(getattr(states[3], name))
+    assert states[3].step == 3
+    assert [m["nonfinite"] for m in metrics] == [0, 0, 1, 0, 0]
+    result = toys.train(run, tmp_path, poisoned=(2, 5))
+    assert result.metrics["nonfinite_steps"] == 2
+    assert all(np.isfinite(line.get("loss", 0.0)) for line in logs.read_metrics(tmp_path))
+
+
+def test_several_in_a_row_stop_the_run(tmp_path):
+    run = toys.spec(**{"train.stop_after_nonfinite": 3, "train.steps": 20, "checkpoint.every_steps": 2})
+    with pytest.raises(trainer.NonFiniteError) as error:
+        toys.train(run, tmp_path, poisoned=(4, 6, 7, 8))
+    for said in ("up to step 9", "step 7: [24, 25, 26, 27]", "step 9: [32, 33, 34, 35]", "'loss': nan"):
+        assert said in str(error.value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_stage(tmp_path).params))
+    # counted across a restart: two more make three
+    with pytest.raises(trainer.NonFiniteError, match="3 steps in a row, up to step 9"):
+        toys.train(run, tmp_path, poisoned=(4, 6, 7, 8))
+
+
+def test_frozen_parameters_keep_their_bits():
+    """Even the sign of a zero; and they have no optimizer state."""
+    states, _ = run_steps(toys.spec(), 2)
+    assert toys.bits(states[2].params["unused"]) == toys.bits(states[0].params["unused"])
+    assert np.signbit(states[2].params["unused"]).all()
+    owners = [name for name in trees.named_leaves(states[0].optimizer) if name.endswith("unused")]
+    assert not owners
+
+
+def test_accumulating_micro_batches_changes_nothing():
+    """Each micro-batch masks another number of tokens, so that a plain mean of gradients would differ."""
+    whole, whole_metrics = run_steps(toys.spec(), 3)
+    parts, parts_metrics = run_steps(toys.spec(**{"optimizer.accumulate": 4}), 3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole[-1].params, parts[-1].params)
+    for name in ("loss", "masked", "grad_norm"):
+        assert parts_metrics[2][name] == pytest.approx(whole_metrics[2][name], rel=1e-4)
+
+
+def test_ema_follows_its_definition():
+    states, _ = run_steps(toys.spec(**{"optimizer.ema_decay": 0.3}), 4)
+    expected = states[0].params
+    for step in range(4):
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = jax.tree.map(
+            lambda old, new, d=decay: d * old + (1 - d) * new, expected, states[step + 1].params
+        )  # fmt: skip
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), expected, states[4].ema)
+
+
+def test_labels_have_optimizers_of_their_own():
+    """The discriminator with learning rate 0 stays; what `after_update` changes is changed."""
+    run = toys.spec(**{"optimizer.overrides": {"discriminator": {"learning_rate": 0.0}}})
+    states, metrics = run_steps(run, 3, toys.Adversaries())
+    assert toys.bits(states[3].params["discriminator"]) == toys.bits(states[0].params["discriminator"])
+    assert toys.bits(states[3].params["generator"]) != toys.bits(states[0].params["generator"])
+    assert toys.bits(states[3].params["unused"]) != toys.bits(states[0].params["unused"])
+    assert metrics[0]["grad_norm"] == pytest.approx(
+        np.hypot(metrics[0]["grad_norm/generator"], metrics[0]["grad_norm/discriminator"]), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_meshes_give_the_same_steps(sizes):
+    run = toys.spec(**{"train.batch_size": 8})
+    alone, alone_metrics = run_steps(run, 3)
+    spread = dataclasses.replace(run, mesh=specs.MeshSpec(*sizes))
+    states, metrics = run_steps(spread, 3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone[-1], states[-1])
+    assert metrics[2]["loss"] == pytest.approx(alone_metrics[2]["loss"], rel=1e-5)
+
+
+def test_a_checkpoint_restores_on_another_mesh(tmp_path):
+    run = toys.spec(**{"train.batch_size": 8, "mesh": specs.MeshSpec(1, 2, 4), "optimizer.name": "adafactor"})
+    toys.train(run, tmp_path)
+    there, _ = state_of(tmp_path, run)
+    for sizes in ((1, 1, 1), (8, 1, 1), (2, 2, 2)):
+        here, _ = state_of(tmp_path, dataclasses.replace(run, mesh=specs.MeshSpec(*sizes)))
+        assert toys.bits(here) == toys.bits(there)
+        assert here.params["layers"]["kernel"].sharding.mesh.devices.size == np.prod(sizes)
+
+
+def mutations():
+    """Every key of a config changed in turn, and whether the run may go on with it."""
+    free = ("mesh.", "checkpoint.", "sample.", "data.workers", "data.prefetch", "data.path", "data.eval_split",
+            "task.init_from", "task.perceptual_weights", "train.log_every", "train.eval_every", "train.eval_batches",
+            "train.sample_every", "train.stop_after_nonfinite", "rules.")  # fmt: skip
+
+    def leaves(tree, path=""):
+        for key, value in tree.items():
+            if isinstance(value, dict) and value:
+                yield from leaves(value, f"{path}{key}.")
+            else:
+                yield f"{path}{key}", value
+
+    for key, value in leaves(specs.to_config(toys.spec())):
+        if key != "train.steps":
+            yield key, value, key.startswith(free)
+
+
+def test_every_key_is_refused_or_free():
+    old = specs.to_config(toys.spec())
+    seen = {True: 0, False: 0}
+    for key, value, free in mutations():
+        new = json.loads(json.dumps(old))
+        *path, last = key.split(".")
+        section = new
+        for part in path:
+            section = section[part]
+        section[last] = not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else "other"
+        seen[free] += 1
+        if free:
+            resume.check_config(old, new, step=3)
+        else:
+            with pytest.raises(resume.ResumeError, match=f"{key.replace('.', '[.]')} was .* and is now"):
+                resume.check_config(old, new, step=3)
+    assert min(seen.values()) > 15
+
+
+@pytest.mark.parametrize(
+    ("schedule", "new", "allowed"),
+    [("cosine", 12, True), ("cosine", 6, False), ("constant", 12, True), ("constant", 6, True), ("constant", 2, False)],
+)
+def test_the_length_may_grow(schedule, new, allowed):
+    old = toys.spec(**{"optimizer.schedule": schedule})
+    changed = dataclasses.replace(old, train=dataclasses.replace(old.train, steps=new))
+    if allowed:
+        resume.check_config(specs.to_config(old), specs.to_config(changed), step=3)
+    else:
+        with pytest.raises(resume.ResumeError, match=r"train\.steps"):
+            resume.check_config(specs.to_config(old), specs.to_config(changed), step=3)
+
+
+def test_a_constant_schedule_may_be_prolonged_exactly(tmp_path):
+    short = toys.spec(**{"optimizer.schedule": "constant"})
+    long = toys.spec(**{"optimizer.schedule": "constant", "train.steps": 11})
+    toys.train(short, tmp_path / "a")
+    assert toys.train(long, tmp_path / "a").step == 11
+    toys.train(long, tmp_path / "b")
+    assert toys.bits(state_of(tmp_path / "a", long)[0]) == toys.bits(state_of(tmp_path / "b", long)[0])
+
+
+def test_what_would_train_something_else_is_refused_before_anything_is_built(tmp_path):
+    toys.train(toys.spec(), tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    with pytest.raises(resume.ResumeError, match=r"optimizer\.learning_rate was 0\.01 and is now 0\.02"):
+        toys.train(toys.spec(**{"optimizer.learning_rate": 0.02}), tmp_path, task=object())
+    longer = toys.spec(**{"train.steps": 12})
+    with pytest.raises(resume.ResumeError, match="the training data"):
+        toys.train(longer, tmp_path, data="other")
+
+    class Retrained(toys.Masked):
+        def frozen(self):
+            return {"table": super().frozen()["table"] * 2}
+
+    with pytest.raises(resume.ResumeError, match=r"frozen network .*\(table\)"):
+        toys.train(longer, tmp_path, task=Retrained())
+    assert (tmp_path / "config.json").read_text() == config
+
+
+def test_misfits_of_devices_and_batch_say_what_to_do(tmp_path):
+    run = toys.spec(**{"train.batch_size": 6, "mesh": specs.MeshSpec()})
+    with pytest.raises(specs.SpecError, match="train.batch_size to a multiple of 8, such as 8"):
+        toys.train(run, tmp_path)
+    run = toys.spec(**{"train.batch_size": 16, "optimizer.accumulate": 4, "mesh": specs.MeshSpec()})
+    with pytest.raises(specs.SpecError, match="in 4 micro-batches of 4 can't be divided over 8"):
+        toys.train(run, tmp_path)
+    with pytest.raises(specs.SpecError, match="needs 16 devices, but 8"):
+        toys.train(toys.spec(mesh=specs.MeshSpec(data=16)), tmp_path)
+    with pytest.raises(specs.SpecError, match=r"rules\.embed"):
+        toys.train(toys.spec(rules={k: v for k, v in toys.RULES.items() if k != "embed"}), tmp_path)
+    with pytest.raises(feed.DataError, match="3 examples"):
+        toys.train(toys.spec(), tmp_path, make_batches=lambda start: toys.batches(start, 3))
+    with pytest.raises(feed.DataError, match="ended"):
+        toys.train(toys.spec(), tmp_path, make_batches=lambda start: iter([toys.batch_of(0, 4)]))
+    assert not (tmp_path / "checkpoints").exists() or os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_saving_may_fail_for_a_while(tmp_path, monkeypatch):
+    """Training goes on, the older checkpoint stays, and the next attempt comes before the next interval."""
+    run = toys.spec(**{"train.steps": 20, "checkpoint.every_steps": 6, "train.log_every": 2})
+    save, tried = Checkpoints._check_space, []
+
+    def full(self, items):
+        tried.append(self._saving)
+        if self._saving in (12, 14):
+            assert sorted(p.name for p in self.folder.iterdir()) == ["6"]
+            raise OSError("no space left on device")
+        return save(self, items)
+
+    monkeypatch.setattr(Checkpoints, "_check_space", full)
+    assert toys.train(run, tmp_path).step == 20
+    assert tried == [6, 12, 14, 16, 18, 20]
+    monkeypatch.setattr(Checkpoints, "_check_space", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(CheckpointError, match="failed 3 times"):
+        toys.train(toys.spec(), tmp_path / "never")
+
+
+def test_a_new_step_is_not_compiled_after_resuming(tmp_path):
+    """Arrays from a checkpoint have the layout of those made at the start: the compiled step takes both."""
+    run = toys.spec()
+    toys.train(run, tmp_path)
+    program, frozen, compiled = compiled_of(run)
+    fresh, (restored, _) = program.initial(), state_of(tmp_path, run)
+    layouts = [jax.tree.map(lambda x: (x.sharding, x.dtype, x.format.layout), s) for s in (fresh, restored)]
+    assert layouts[0] == layouts[1]
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(restored.params)]
+    after, _ = compiled(restored, frozen, sharding.put(toys.batch_of(8, 4), program.batch_sharding))
+    reused = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after.params)]
+    assert set(pointers) == set(reused)  # restored memory is donated like any other
+
+
+def test_the_step_sees_mesh_and_rules():
+    """A model's constraints on activations take effect in the lowered program."""
+    import flax.linen as nn
+
+    class Constrained(toys.Masked):
+        def loss(self, params, frozen, batch, key):
+            frozen = {"table": nn.with_logical_constraint(frozen["table"], ("vocab", "embed"))}
+            return super().loss(params, frozen, batch, key)
+
+    run = toys.spec(**{"mesh": specs.MeshSpec(1, 2, 1), "train.batch_size": 2})
+    counts = []
+    for task in (toys.Masked(), Constrained()):
+        program, _ = program_of(run, task)
+        text = program.lower_train(program.abstract_batch(toys.batch_of(0, 2))).as_text()
+        counts.append(text.count("sharding_constraint") + text.count("@Sharding"))
+    assert counts[1] > counts[0]
+
+
+def test_steps_follow_the_optimizer():
+    """One step of AdamW by hand, without accumulation, clipping or masks."""
+    run = toys.spec(**{"optimizer.clip_norm": 0.0, "optimizer.weight_decay": 0.0, "optimizer.schedule": "constant"})
+    states, _ = run_steps(run, 1)
+    task = toys.Masked()
+    key = jax.random.fold_in(steps.stream_key(run.seed, steps.TRAIN), 0)
+    batch = {name: jnp.asarray(leaf) for name, leaf in toys.batch_of(0, 4).items()}
+    grads, _, _ = jax.jit(task.grads)(states[0].params, task.frozen(), batch, key, 0)
+    tx = optax.adam(0.01, 0.9, 0.99)
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    expected = optax.apply_updates(states[0].params, updates)
+    for name in ("layers", "head"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), expected[name], states[1].params[name])
