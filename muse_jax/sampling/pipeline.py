@@ -327,7 +327,7 @@ def _model(spec: Any) -> Any:
 
 def _network(params: Any) -> Any:
     """The parameters that sampling needs: of a tokenizer's training, not the discriminator's."""
-    return params.get("generator", params)
+    return {name: tree for name, tree in params.items() if name != "discriminator"}
 
 
 def _vocabulary(name: str, stage: checkpoint.Stage) -> vocabulary.Vocabulary:
