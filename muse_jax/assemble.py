@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import app, flags
 
+from muse_jax import process
 from muse_jax.evaluate import versions
 from muse_jax.sampling import folder as pipeline_folder
 from muse_jax.sampling.pipeline import MusePipeline
@@ -58,6 +59,7 @@ def assemble(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    process.quiet()
     stages, out = pathlib.Path(_STAGES.value), pathlib.Path(_PIPELINE.value)
     report = stages / "report.json"
     figures = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}

@@ -48,3 +48,15 @@ def _helps(environment: Mapping[str, str]) -> bool:
     if platforms:
         return platforms.split(",")[0] == "cpu"
     return not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/0", "/dev/kfd"))
+
+
+def quiet() -> None:
+    """Keeps what libraries note off the screen, unless --verbosity is given; warnings and errors stay.
+
+    absl turns its level to "info" when it has parsed the flags, and Orbax notes much. Commands call it
+    first in their main.
+    """
+    from absl import flags, logging
+
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)

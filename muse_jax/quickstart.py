@@ -252,6 +252,7 @@ def _stop(number: int, _frame: Any) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    process.quiet()
     signal.signal(signal.SIGTERM, _stop)
     from muse_jax import train
     from muse_jax.training import signals
