@@ -31,7 +31,7 @@ def samples(path: str | pathlib.Path, prompts: Sequence[str], pictures: Mapping[
             _show(axes, column[i])
             axes.set_title(title, fontsize=7, color="0.4", pad=2)
             if j == width // 2:
-                axes.set_xlabel("\n".join(textwrap.wrap(prompt, 24 * width)), fontsize=8)
+                axes.set_xlabel("\n".join(textwrap.wrap(prompt, 24 * width)), fontsize=8, parse_math=False)
     figure.savefig(path)
 
 
@@ -56,7 +56,7 @@ def decoding(path: str | pathlib.Path, prompt: str, rows: Mapping[str, Sequence[
             _show(axis, frames[step])
             axis.set_title(f"step {step + 1} of {len(frames)}", fontsize=7, color="0.4", pad=2)
         axes[0].set_ylabel(title, fontsize=8)
-    figure.supxlabel(prompt, fontsize=9)
+    figure.supxlabel(prompt, fontsize=9, parse_math=False)
     figure.savefig(path)
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from flax.core import meta
+from safetensors import numpy as safetensors
 
 from muse_jax import specs
 from muse_jax.models import muse, vqgan
@@ -37,7 +39,7 @@ class MusePipeline:
     steps serves all prompts, seeds, guidance values, temperatures and schedules.
 
     Attributes:
-      stages: name -> the loaded stage, parameters as NumPy arrays.
+      stages: name -> the loaded stage; parameters are float32 NumPy arrays, named as its model names them.
       manifest: of the pipeline's making.
       max_batch_size: pictures made at a time; a longer list is made in pieces.
     """
@@ -49,11 +51,11 @@ class MusePipeline:
         max_batch_size: int = 16,
     ):
         pipeline_folder.check({name: stage.spec for name, stage in stages.items()})
-        self.stages = {name: stages[name] for name in pipeline_folder.STAGES if name in stages}
+        self.stages = {n: _checked(n, stages[n]) for n in pipeline_folder.STAGES if n in stages}
         self.manifest = dict(manifest or {})
         self.max_batch_size = max_batch_size
         self._vocabularies = {name: _vocabulary(name, stages[name]) for name in TOKEN_STAGES}
-        self._params = {name: jax.device_put(_checked(name, stage)) for name, stage in self.stages.items()}
+        self._params = {name: jax.device_put(stage.params) for name, stage in self.stages.items()}
         if "decoder" in self.stages:
             _check_codebooks(self._params["decoder"], self._params["tokenizer_high"], stages["tokenizer_high"].path)
 
@@ -99,11 +101,11 @@ class MusePipeline:
 
         Args:
           folder: replaced if it is a pipeline already.
-          dtype: what the parameters are stored as ("float16" halves the folder); "" as they are.
+          dtype: what the parameters are stored as; "float16" halves the folder, "" is float32.
         """
 
         def save_stage(path: pathlib.Path, stage: checkpoint.Stage) -> None:
-            params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), _network(stage.params))
+            params = jax.tree.map(lambda x: x.astype(dtype or x.dtype), stage.params)
             checkpoint.save_stage(path, stage.spec, params, stage.vocabulary, stage.step)
 
         pipeline_folder.write(folder, self.stages, self.manifest, save_stage)
@@ -325,11 +327,6 @@ def _model(spec: Any) -> Any:
     return vqgan.VQGAN(spec) if isinstance(spec, specs.VQGANSpec) else muse.TokenTransformer(spec)
 
 
-def _network(params: Any) -> Any:
-    """The parameters that sampling needs: of a tokenizer's training, not the discriminator's."""
-    return {name: tree for name, tree in params.items() if name != "discriminator"}
-
-
 def _vocabulary(name: str, stage: checkpoint.Stage) -> vocabulary.Vocabulary:
     if stage.vocabulary is None:
         raise PipelineError(f"{name} ({stage.path}) has no vocabulary.json; write this stage again.")
@@ -343,9 +340,13 @@ def _vocabulary(name: str, stage: checkpoint.Stage) -> vocabulary.Vocabulary:
     return words
 
 
-def _checked(name: str, stage: checkpoint.Stage) -> Any:
-    """The stage's parameters as float32, of exactly the names and shapes that its model has."""
-    params = jax.tree.map(lambda x: np.asarray(x, np.float32), _network(stage.params))
+def _checked(name: str, stage: checkpoint.Stage) -> checkpoint.Stage:
+    """The stage with parameters as float32, of exactly the names and shapes that its model has."""
+    own = {part: value for part, value in stage.params.items() if part != "discriminator"}
+    text = getattr(stage.spec.model, "text", None)
+    if text is not None and not text.trainable and "text_encoder" not in own:
+        own["text_encoder"] = _text_encoder(name, stage)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), own)
     found = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in _leaves(params)}
     expected = {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in _leaves(_shapes(stage.spec))}
     for leaf in sorted({*found, *expected}):
@@ -354,7 +355,15 @@ def _checked(name: str, stage: checkpoint.Stage) -> Any:
                 f"{name} ({stage.path}): its config gives the parameter {leaf} the shape {expected.get(leaf)}, and the "
                 f"file has {found.get(leaf)}; the config and the parameters are not of the same run."
             )
-    return params
+    return dataclasses.replace(stage, params=params)
+
+
+def _text_encoder(name: str, stage: checkpoint.Stage) -> Any:
+    """The frozen text encoder, which a run's checkpoints leave out; a saved pipeline has it."""
+    path = pathlib.Path(stage.spec.model.text.weights) / "params.safetensors"
+    if not path.is_file():
+        raise PipelineError(f"{name} ({stage.path}) was trained with the text encoder {path}, which is not there.")
+    return traverse_util.unflatten_dict(safetensors.load_file(path), sep="/")
 
 
 def _check_codebooks(decoder: Any, tokenizer: Any, path: str) -> None:

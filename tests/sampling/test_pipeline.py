@@ -5,6 +5,7 @@ Compiling is what costs here: tests ask for three or four pictures where they ca
 
 import dataclasses
 import json
+import shutil
 import threading
 from functools import partial
 
@@ -217,7 +218,7 @@ def test_assembled_from_stage_folders(tiny, tmp_path):
         stage = tiny.stages[name]
         params = stage.params
         if name.startswith("tokenizer"):  # as its training keeps them
-            params = {"generator": params, "discriminator": {"kernel": np.ones((3, 3), np.float32)}}
+            params = {**params, "discriminator": {"kernel": np.ones((3, 3), np.float32)}}
         folders[name] = tmp_path / "runs" / name
         checkpoint.save_stage(folders[name], stage.spec, params, stage.vocabulary, step=5)
     made = MusePipeline.assemble(tmp_path / "out" / "pipeline", folders, {"seed": 1}, dtype="float16")
@@ -230,6 +231,23 @@ def test_assembled_from_stage_folders(tiny, tmp_path):
     assert "discriminator" not in stored
     assert stored["quantizer"]["codebook"].dtype == np.float16
     assert loaded("a red circle", output_type="uint8").images.shape == (1, 16, 16, 3)
+
+
+def test_a_frozen_text_encoder_is_found_and_kept(tiny, pipeline, tmp_path):
+    """Checkpoints of a run leave it out; a pipeline that is written has it."""
+    base = tiny.stages["base"]
+    params = {name: value for name, value in base.params.items() if name != "text_encoder"}
+    weights = tmp_path / "t5"
+    text = dataclasses.replace(base.spec.model.text, trainable=False, weights=str(weights))
+    spec = dataclasses.replace(base.spec, model=dataclasses.replace(base.spec.model, text=text))
+    frozen = dataclasses.replace(base, spec=spec, params=params)
+    with pytest.raises(PipelineError, match="trained with the text encoder .*t5/params.safetensors, which is not"):
+        MusePipeline({**tiny.stages, "base": frozen})
+    checkpoint.save_stage(weights, base.spec, base.params["text_encoder"])
+    MusePipeline({**tiny.stages, "base": frozen}).save(tmp_path / "pipeline")
+    shutil.rmtree(weights)
+    loaded = MusePipeline.load(tmp_path / "pipeline").stages["base"].params
+    jax.tree.map(np.testing.assert_array_equal, loaded, base.params)
 
 
 def test_a_save_that_fails_leaves_what_was_there(pipeline, tmp_path, monkeypatch):
