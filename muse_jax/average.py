@@ -16,6 +16,7 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
+from muse_jax import process
 from muse_jax.training import reading, stage, trees
 
 
@@ -46,12 +47,12 @@ def average(workdir: Any, decay: float = 0.7) -> tuple[dict[str, np.ndarray], li
         except reading.Damaged as error:
             logging.warning("the checkpoint %s is damaged (%s) and left out", folder / str(step), error)
             continue
-        weight = 1 - decay if used else 1.0
         dtypes = {name: leaf.dtype for name, leaf in params.items()}
         for name, leaf in params.items():
             wide = leaf.astype(np.float64)
-            # In this form what is the same in all checkpoints stays the same bit for bit.
-            total[name] = wide if not used else total[name] + weight * (wide - total[name])
+            # What is the same in all checkpoints stays the same bit for bit.
+            old = total.get(name, wide)
+            total[name] = np.where(old == wide, old, old + (1 - decay) * (wide - old))
         used.append(step)
     if not used:
         raise stage.StageError(f"{folder} holds no whole checkpoint to average.")
@@ -59,6 +60,7 @@ def average(workdir: Any, decay: float = 0.7) -> tuple[dict[str, np.ndarray], li
 
 
 def main(argv: Sequence[str]) -> None:
+    process.quiet()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     try:

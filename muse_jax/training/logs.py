@@ -1,8 +1,8 @@
 """What a run says while it trains: metrics.jsonl, TensorBoard files, pictures, a progress bar, curves.
 
 `metrics.jsonl` is the record; one JSON object a line with "step". TensorBoard files are written
-through clu, whose import (TensorFlow's) takes seconds and is done in the writing thread. Writers have
-threads of their own and never hold up or end a run: what can't be written is counted and dropped.
+through clu in a process of their own. Writers have threads and never hold up or end a run: what can't
+be written is counted and dropped.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 from etils import epath
+
+from muse_jax.training import events
 
 METRICS = "metrics.jsonl"
 FINISHED = "finished"  # key of the last line of a run that is complete
@@ -76,22 +78,6 @@ class _JsonLines:
         self._file.close()
 
 
-class _TensorBoard:
-    def __init__(self, folder: Any):
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        from clu.metric_writers import SummaryWriter
-
-        self._writer = SummaryWriter(os.fspath(folder))
-
-    def __call__(self, item: tuple[str, int, Mapping[str, Any]]) -> None:
-        kind, step, values = item
-        getattr(self._writer, f"write_{kind}")(step, values)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 def _write_png(item: tuple[epath.Path, np.ndarray]) -> None:
     from PIL import Image
 
@@ -120,7 +106,7 @@ class Logs:
             _drop_later_lines(self._workdir / METRICS, start)
         self._lines = Sink(METRICS, lambda: _JsonLines(self._workdir / METRICS))
         self._pictures = Sink("samples/", lambda: _write_png)
-        self._events = Sink("TensorBoard files", lambda: _TensorBoard(self._workdir)) if tensorboard else None
+        self._events = Sink("TensorBoard files", lambda: events.Events(self._workdir)) if tensorboard else None
         self._bar: Any = None
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:

@@ -234,7 +234,9 @@ def test_every_key_is_refused_or_free():
         section = new
         for part in path:
             section = section[part]
-        section[last] = not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else "other"
+        section[last] = (
+            not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else "other"
+        )
         seen[free] += 1
         if free:
             resume.check_config(old, new, step=3)
