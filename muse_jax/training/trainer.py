@@ -76,7 +76,8 @@ def train(
     finished = already_finished(spec, workdir)
     if finished:
         return finished
-    with resume.lock(workdir), signals.listening() as stop, contextlib.ExitStack() as stack:
+    lock = resume.lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock, signals.listening() as stop, contextlib.ExitStack() as stack:
         run = _Run(spec, task, workdir, data_fingerprint, vocabulary, stop)
         run.start(make_batches, eval_batches, tensorboard, bar, stack)
         return run.to_the_end()
@@ -97,6 +98,9 @@ def already_finished(spec: specs.Spec, workdir: Any) -> Result | None:
     lines = logging.read_metrics(workdir)
     if meta["step"] < spec.train.steps or not lines or not lines[-1].get(logging.FINISHED):
         return None
+    if meta["config"] != specs.to_config(spec):  # settings that are free, those of the sampler for one
+        with resume.lock(workdir):
+            write_json(epath.Path(workdir) / CONFIG, specs.to_config(spec))
     return Result(meta["step"], _latest(lines), was_finished=True)
 
 
@@ -274,8 +278,8 @@ class _Run:
         listed = "; ".join(f"step {step - len(self.bad_ids) + 1 + i}: {ids}" for i, ids in enumerate(self.bad_ids))
         raise NonFiniteError(
             f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that isn't finite; none of "
-            f"them changed anything. The newest checkpoint is that of step {self.saved}. Metrics of step {step}: {shown}. "
-            f"Example ids: {listed}."
+            f"them changed anything. The newest checkpoint is that of step {self.saved}. Metrics of step {step}: "
+            f"{shown}. Example ids: {listed}."
         )
 
     def _log(self, values: Mapping[str, Any], step: int | None = None) -> None:

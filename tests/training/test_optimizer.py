@@ -23,8 +23,8 @@ AXES = {
     "conv/kernel": ("rows", "columns", "channels_in", "channels_out"),
     "plain": (None, None),
 }
-SIZES = {"layers": 3, "embed": 8, "heads": 2, "head_dim": 4, "mlp": 16, "vocab": 5, "buckets": 6, "rows": 3, "columns": 3,
-         "channels_in": 4, "channels_out": 6, None: 3}  # fmt: skip
+SIZES = {"layers": 3, "embed": 8, "heads": 2, "head_dim": 4, "mlp": 16, "vocab": 5, "buckets": 6, "rows": 3,
+         "columns": 3, "channels_in": 4, "channels_out": 6, None: 3}  # fmt: skip
 
 
 def tree(seed, scale=1.0):
@@ -100,8 +100,8 @@ def test_muon_orthogonalises_each_matrix():
     """Singular values of the update of every inner matrix are about 1 times the rate; the others are AdamW's."""
     spec = specs.OptimizerSpec(name="muon", learning_rate=1.0, adam_learning_rate=1e-3, schedule="constant")
     updates = trees.named_leaves(updates_of(spec, steps=1))
-    for name, shape in {"layers/query/kernel": (3, 8, 8), "layers/out/kernel": (3, 8, 8), "layers/mlp/kernel": (3, 8, 16),
-                        "conv/kernel": (1, 36, 6)}.items():  # fmt: skip
+    shapes = {"query": (3, 8, 8), "out": (3, 8, 8), "mlp": (3, 8, 16)}
+    for name, shape in {**{f"layers/{n}/kernel": s for n, s in shapes.items()}, "conv/kernel": (1, 36, 6)}.items():
         for matrix in np.asarray(updates[name]).reshape(shape):
             values = np.linalg.svd(matrix / math.sqrt(max(1, shape[2] / shape[1])), compute_uv=False)
             # Five iterations bring singular values to 0.7 .. 1.2; the smallest may need more.

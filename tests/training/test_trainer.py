@@ -90,6 +90,9 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     again = toys.train(run, tmp_path, make_batches=explode, eval_batches=explode)
     assert again == dataclasses.replace(first, was_finished=True)
     assert (tmp_path / "metrics.jsonl").read_text() == before
+    other = toys.spec(sample=specs.SampleSpec(guidance_scale=3.0))
+    assert toys.train(other, tmp_path, make_batches=explode, eval_batches=explode).was_finished
+    assert load_stage(tmp_path).spec == other
 
 
 @pytest.mark.parametrize("kind", sorted(toys.TASKS))
