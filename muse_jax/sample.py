@@ -196,6 +196,7 @@ def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; put a prompt with spaces in quotes")
+    process.quiet()
     warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr)
     try:
         run(flags.FLAGS, sys.argv)

@@ -237,6 +237,7 @@ class MusePipeline:
         seeds = _padded(np.asarray(requests.seeds[piece], np.uint32), bucket)
         made, low = {}, None
         for stream, name in enumerate(TOKEN_STAGES):
+            model = self.stages[name].spec.model
             own = {k: _padded(v[piece], bucket) if k in PER_PICTURE else v for k, v in resolved[name].items()}
             # Of the whole call, not of the piece: a last piece without guidance needs no program of its own.
             guided = bool(np.any(resolved[name]["guidance_scale"] != 1))
@@ -250,17 +251,17 @@ class MusePipeline:
                 ids,
                 mask,
                 low,
+                np.full((bucket, model.grid[0] * model.grid[1]), model.codebook_size, np.int32),
                 seeds,
                 self._plan(name, own),
-                spec=self.stages[name].spec.model,
+                spec=model,
                 stream=stream,
                 guided=guided,
                 history=history,
             )
-            grid = self.stages[name].spec.model.grid
-            shaped = low[:count].reshape(count, *grid)
+            shaped = low[:count].reshape(count, *model.grid)
             kept = (steps.predicted, steps.masked) if history else ()
-            made[name] = shaped, tuple(x[:, :count].reshape(-1, count, *grid) for x in kept)
+            made[name] = shaped, tuple(x[:, :count].reshape(-1, count, *model.grid) for x in kept)
         return made
 
     def _bucket(self, count: int) -> int:
@@ -288,8 +289,10 @@ def _run(function: Any, *args: Any, **static: Any) -> Any:
 
 
 @partial(jax.jit, static_argnames=("spec", "stream", "guided", "history"))
-def _fill(params, text_ids, text_mask, low_tokens, seeds, plan, *, spec, stream: int, guided: bool, history: bool):
-    """All tokens of one stage, from nothing. With guidance the texts are [prompts; negative prompts]."""
+def _fill(
+    params, text_ids, text_mask, low_tokens, tokens, seeds, plan, *, spec, stream: int, guided: bool, history: bool
+):
+    """Fills in the masked ones of a stage's tokens. With guidance the texts are [prompts; negative prompts]."""
     apply = partial(muse.TokenTransformer(spec).apply, {"params": params})
     if low_tokens is not None and guided:
         low_tokens = jnp.concatenate([low_tokens, low_tokens])
@@ -298,8 +301,7 @@ def _fill(params, text_ids, text_mask, low_tokens, seeds, plan, *, spec, stream:
     guide = guidance.guided if guided else guidance.unguided
     predict = guide(lambda tokens: apply(tokens, memory, method="logits"))
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stream))(seeds)
-    blank = jnp.full((len(seeds), spec.grid[0] * spec.grid[1]), spec.codebook_size, jnp.int32)
-    return sampler.decode(predict, blank, plan, keys, spec.codebook_size, history=history)
+    return sampler.decode(predict, tokens, plan, keys, spec.codebook_size, history=history)
 
 
 @partial(jax.jit, static_argnames="spec")

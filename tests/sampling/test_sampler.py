@@ -181,6 +181,16 @@ def test_known_places_can_be_named():
     assert np.array_equal(out[0] == CODES, known[0])
 
 
+def test_no_rule_can_touch_a_known_place():
+    """Whatever a selection rule says: this one wants everything masked again."""
+    tokens = jnp.asarray(start(np.random.default_rng(0), 1, [5]))
+    plan = sampler.make_plan(tokens=N, num_inference_steps=3)
+    greedy = partial(sampler.decode, guidance.unguided(toy()), mask_id=CODES, history=True)
+    decode = jax.jit(partial(greedy, select=lambda key, drawn, step: jnp.ones(N, bool)))
+    _, history = decode(tokens, plan, jax.random.key(0)[None])
+    np.testing.assert_array_equal(history.tokens, jnp.broadcast_to(tokens, (3, 1, N)))
+
+
 def test_masked_places_may_hold_anything():
     """`mask_id` as an array and `revisable`: renoising samplers put places back to their own noise."""
     noise = jnp.asarray(np.random.default_rng(0).integers(CODES, size=(2, N)), jnp.int32)
