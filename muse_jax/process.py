@@ -16,6 +16,7 @@ MALLOC_SETTINGS = {
     "MALLOC_TRIM_THRESHOLD_": str(2**40),  # which is never given back
     "MALLOC_TOP_PAD_": str(256 * 2**20),  # and grows in large pieces
     "MALLOC_ARENA_MAX": "1",  # one heap, whatever thread asks
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # in pages of 2 MiB where the kernel has them
 }
 OFF = "MUSE_JAX_NO_REEXEC"  # set to 1: commands leave the process as it was started
 

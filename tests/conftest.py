@@ -10,6 +10,8 @@ import sys
 # checkout whatever is installed.
 os.environ["JAX_PLATFORMS"] = "cpu"  # and leave an accelerator that the machine may have alone
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Compiling is most of what the tests do; XLA's costly optimizations change no meaning.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["MUSE_JAX_NO_REEXEC"] = "1"  # muse_jax/process.py: a test's process is pytest's
