@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.rules = dict(specs.RULES)
     config.train = dict(steps=300, batch_size=16, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
     config.checkpoint = dict(every_steps=150, keep=2)
-    config.sample = dict()
+    config.sample = {}
     if variant == "long":
         config.train.steps = 3000
         config.task.update(adversarial_start=2000, adversarial_warmup=200)

@@ -1,0 +1,109 @@
+"""Base model of a folder of captioned pictures: 8x8 tokens from a caption (Muse, section 2.3).
+
+    python -m muse_jax.train --config=configs/pictures/base.py --workdir=runs/pictures/base \
+        --config.data.path=FOLDER --config.task.tokenizer=runs/pictures/tokenizer_low
+
+About 15 minutes on 2 CPU cores. Variants: "", "long" (better, slower), "tiny" (for tests).
+"""
+
+import ml_collections
+
+from muse_jax import specs
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The config; see the variants above."""
+    if variant not in ("", "long", "tiny"):
+        raise ValueError(f"unknown variant {variant!r}; expected '', 'long' or 'tiny'.")
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.task = dict(
+        name="tokens",
+        tokenizer="",  # to be given
+        low_tokenizer="",
+        text_dropout=0.1,  # Muse, section 2.7
+        label_smoothing=0.1,  # MaskGIT's: the same pictures come again and again
+        mask_schedule="cosine",  # Muse, section 2.6
+        min_mask_ratio=0.0,
+        visible_weight=0.0,
+        low_corruption=0.0,
+        codebook_init=True,
+    )
+    config.model = dict(
+        name="base",
+        codebook_size=1024,
+        grid=(8, 8),
+        layers=6,
+        width=128,
+        heads=4,
+        mlp_width=512,
+        text=dict(
+            vocabulary_size=8194,  # the most frequent 8,192 words, padding and "unknown"
+            layers=2,
+            width=128,
+            heads=4,
+            head_dim=32,
+            mlp_width=256,
+            position_buckets=32,
+            position_max_distance=128,
+            dropout=0.1,
+            gated=True,
+            trainable=True,  # small, and learned along with the model
+            weights="",
+        ),
+        dropout=0.1,  # MaskGIT's
+        qk_norm=True,
+        relative_positions=True,  # what a shape looks like is learned once, not at every place
+        remat="none",
+        unroll=6,  # all layers in one iteration: the scan's copies cost time on CPU
+        dtype="float32",
+    )
+    config.data = dict(  # flip: captions may say left and right
+        name="folder",
+        image_size=32,
+        path="",
+        split="train",
+        eval_split="test",
+        crop="center",
+        flip=False,
+        text_length=32,
+        vocabulary="captions",
+        workers=0,
+        prefetch=2,
+    )
+    config.optimizer = dict(
+        name="muon",  # half of AdamW's steps to the same loss
+        learning_rate=0.02,
+        adam_learning_rate=2e-3,
+        schedule="cosine",
+        final_scale=0.02,
+        warmup_steps=30,
+        b1=0.95,
+        b2=0.99,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        accumulate=1,
+        ema_decay=0.0,
+    )
+    config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=1)
+    config.rules = dict(specs.RULES)
+    config.train = dict(steps=4000, batch_size=64, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
+    config.checkpoint = dict(every_steps=250, keep=2)
+    config.sample = dict(
+        num_inference_steps=24,  # Muse, section 2.8
+        schedule="cosine",
+        guidance_scale=3.0,
+        guidance_ramp="constant",
+        token_temperature=1.0,
+        choice_temperature=4.5,
+        top_k=0,
+        top_p=1.0,
+    )
+    if variant == "long":
+        config.train.steps = 30000
+    if variant == "tiny":
+        config.model.update(codebook_size=32, layers=2, width=32, heads=2, mlp_width=64, unroll=2)
+        config.model.text.update(layers=1, width=32, heads=2, head_dim=16, mlp_width=64)
+        config.train.update(steps=4, batch_size=8, log_every=2, eval_batches=1)
+        config.sample.num_inference_steps = 4
+    return config.lock()

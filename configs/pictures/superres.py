@@ -1,0 +1,116 @@
+"""Super-resolution model of a folder of captioned pictures: 16x16 tokens from 8x8 and a caption (Muse, section 2.4).
+
+    python -m muse_jax.train --config=configs/pictures/superres.py --workdir=runs/pictures/superres \
+        --config.data.path=FOLDER --config.task.tokenizer=runs/pictures/tokenizer_high \
+        --config.task.low_tokenizer=runs/pictures/tokenizer_low
+
+About 10 minutes on 2 CPU cores. Variants: "", "long" (better, slower), "tiny" (for tests).
+"""
+
+import ml_collections
+
+from muse_jax import specs
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The config; see the variants above."""
+    if variant not in ("", "long", "tiny"):
+        raise ValueError(f"unknown variant {variant!r}; expected '', 'long' or 'tiny'.")
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.task = dict(
+        name="tokens",
+        tokenizer="",  # to be given
+        low_tokenizer="",
+        text_dropout=0.1,
+        label_smoothing=0.1,  # MaskGIT's: the same pictures come again and again
+        mask_schedule="cosine",
+        min_mask_ratio=0.0,
+        visible_weight=0.0,
+        low_corruption=0.1,  # so that it stands the base model's mistakes
+        codebook_init=True,
+    )
+    config.model = dict(
+        name="superres",
+        codebook_size=1024,
+        grid=(16, 16),
+        low_codebook_size=1024,
+        low_grid=(8, 8),
+        low_layers=2,
+        layers=4,
+        width=96,
+        heads=4,
+        mlp_width=384,
+        block=(4, 4),  # 16 blocks of 16 tokens: both axes of attention see 16
+        text=dict(
+            vocabulary_size=8194,  # the most frequent 8,192 words, padding and "unknown"
+            layers=1,
+            width=96,
+            heads=4,
+            head_dim=24,
+            mlp_width=192,
+            position_buckets=32,
+            position_max_distance=128,
+            dropout=0.1,
+            gated=True,
+            trainable=True,
+            weights="",
+        ),
+        dropout=0.1,  # MaskGIT's
+        qk_norm=True,
+        relative_positions=True,  # what a shape looks like is learned once, not at every place
+        remat="none",
+        unroll=4,
+        dtype="float32",
+    )
+    config.data = dict(  # flip: captions may say left and right
+        name="folder",
+        image_size=64,
+        path="",
+        split="train",
+        eval_split="test",
+        crop="center",
+        flip=False,
+        text_length=32,
+        vocabulary="captions",
+        workers=0,
+        prefetch=2,
+    )
+    config.optimizer = dict(
+        name="muon",
+        learning_rate=0.02,
+        adam_learning_rate=2e-3,
+        schedule="cosine",
+        final_scale=0.02,
+        warmup_steps=30,
+        b1=0.95,
+        b2=0.99,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        accumulate=1,
+        ema_decay=0.0,
+    )
+    config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=1)
+    config.rules = dict(specs.RULES)
+    config.train = dict(steps=2500, batch_size=16, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
+    config.checkpoint = dict(every_steps=250, keep=2)
+    config.sample = dict(
+        num_inference_steps=8,  # Muse, section 2.8
+        schedule="cosine",
+        guidance_scale=1.0,  # off: the low-resolution tokens say enough, and it takes half of the time
+        guidance_ramp="constant",
+        token_temperature=0.8,
+        choice_temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+    )
+    if variant == "long":
+        config.train.steps = 15000
+    if variant == "tiny":
+        config.model.update(
+            codebook_size=32, low_codebook_size=32, low_layers=1, layers=2, width=32, heads=2, mlp_width=64, unroll=2
+        )
+        config.model.text.update(layers=1, width=32, heads=2, head_dim=16, mlp_width=64)
+        config.train.update(steps=4, batch_size=8, log_every=2, eval_batches=1)
+        config.sample.num_inference_steps = 2
+    return config.lock()
