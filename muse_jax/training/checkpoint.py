@@ -5,8 +5,10 @@ read. One that isn't is renamed to corrupt-STEP and the one before is used; a ru
 are all damaged stops, it never starts again at step 0 by itself.
 """
 
+import contextlib
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,10 +66,10 @@ class Checkpoints:
         if (self.folder / TRASH).exists():
             (self.folder / TRASH).rmtree(missing_ok=True)
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self, sweep: bool = True) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self.keep,
-            cleanup_tmp_directories=True,  # of a run that was killed; we hold the lock
+            cleanup_tmp_directories=sweep,  # of a run that was killed; we hold the lock
             todelete_subdir=TRASH,
             enable_async_checkpointing=True,
             should_save_fn=lambda *_: True,
@@ -141,15 +143,25 @@ class Checkpoints:
             self._manager.close()
         except Exception as closing:
             logging.info("closing the checkpoint manager: %s", brief(closing))
-        for partial in self.folder.glob(f"{step}.*"):
-            partial.rmtree(missing_ok=True)
+        self._tidy(step)
         if self.failures >= MOST_FAILURES:
             raise CheckpointError(
                 f"saving a checkpoint to {self.folder} failed {self.failures} times, now at step {step}: "
                 f"{brief(error)}. Older checkpoints are intact: {steps_in(self.folder)}."
             ) from error
         logging.warning("saving the checkpoint of step %s failed, training goes on: %s", step, brief(error))
-        self._manager = self._open()
+        self._manager = self._open(sweep=False)
+
+    def _tidy(self, step: int | None) -> None:
+        """Removes what a failed save left. Some of Orbax's threads may still be writing, so several times."""
+        for _ in range(20):
+            partial = list(self.folder.glob(f"{step}.*"))
+            for folder in partial:
+                with contextlib.suppress(OSError):
+                    folder.rmtree(missing_ok=True)
+            if not partial:
+                return
+            time.sleep(0.1)
 
     def restore(self, wanted: Mapping[str, Mapping[str, Any]], check: Any) -> tuple[dict, dict] | None:
         """The newest checkpoint that is whole, or None where there has never been one.

@@ -151,8 +151,10 @@ class Logs:
         """Waits for the writers."""
         if self._bar is not None:
             self._bar.close()
-        for sink in filter(None, (self._lines, self._pictures, self._events)):
+        for sink in (self._lines, self._pictures):
             sink.close()
+        if self._events:  # the process that writes may still be starting; it outlives us by what it has to write
+            self._events.close(timeout=10)
 
 
 def grid(images: np.ndarray, least: int = 64) -> np.ndarray:

@@ -88,7 +88,7 @@ def test_tensorboard_files_hold_metrics_and_pictures(tmp_path):
     assert done.returncode == 0, done.stderr
     loaded, pid = done.stdout.split()[-2:]
     assert loaded == "False"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120  # importing TensorFlow takes long on a busy machine
     while pathlib.Path(f"/proc/{pid}").exists():
         assert time.monotonic() < deadline, "the writing process outlives the run"
         time.sleep(0.1)
