@@ -79,6 +79,7 @@ class BaseSpec:
     text: TextEncoderSpec
     dropout: float = 0.0
     qk_norm: bool = False
+    relative_positions: bool = False  # a bias for each 2D offset on self-attention; not in Muse
     remat: str = "none"  # "none", "full", or a name in jax.checkpoint_policies
     unroll: int = 1  # layers per iteration of the scan over layers
     dtype: str = "float32"
@@ -101,6 +102,7 @@ class SuperResSpec:
     text: TextEncoderSpec
     dropout: float = 0.0
     qk_norm: bool = False
+    relative_positions: bool = False  # a bias for each 2D offset on self-attention; not in Muse
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"
@@ -141,6 +143,7 @@ class TokensTaskSpec:
     min_mask_ratio: float = 0.0
     visible_weight: float = 0.0  # weight of the loss on places that are not masked
     low_corruption: float = 0.0  # highest share of low-resolution tokens replaced at random
+    codebook_init: bool = False  # start token embeddings as a random projection of the tokenizers' codes
 
 
 TASKS = {"tokenizer": TokenizerTaskSpec, "tokens": TokensTaskSpec}

@@ -1,10 +1,12 @@
 """Layers that the transformers are put together from. Parameters carry logical axis names."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from muse_jax.models import axes
@@ -97,13 +99,16 @@ def attend(
     k: Float[Array, "*b m h d"],
     v: Float[Array, "*b m h d"],
     mask: Bool[Array, "*b m"] | None = None,
+    bias: Float[Array, "h n m"] | None = None,
 ) -> Float[Array, "*b n h d"]:
-    """Scaled dot-product attention; softmax in float32.
+    """Scaled dot-product attention, with a bias on the scores if there is one; softmax in float32.
 
     A query that sees no key at all gets zeros: with the whole text masked, cross-attention vanishes
     and "attention is then self-attention alone" (Muse, section 2.7).
     """
     scores = jnp.einsum("...qhd,...khd->...hqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask[..., None, None, :], scores, -1e9)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -134,17 +139,38 @@ def multi_axis_attend(
     v: Float[Array, "b n h d"],
     grid: tuple[int, int],
     block: tuple[int, int],
+    biases: tuple[Float[Array, "h p p"], Float[Array, "h k k"]] | tuple[None, None] = (None, None),
 ) -> Float[Array, "b n h d"]:
     """Multi-axis attention (HiT, Zhao et al. 2021, section 3.1).
 
     The first half of the heads attends within blocks, the second half across blocks, among the
-    tokens at the same position of their block (a dilated grid).
+    tokens at the same position of their block (a dilated grid); `biases` are for the one and the other.
     """
     half = q.shape[2] // 2
     q, k, v = (to_blocks(x, grid, block) for x in (q, k, v))
-    within = attend(q[..., :half, :], k[..., :half, :], v[..., :half, :])
+    within = attend(q[..., :half, :], k[..., :half, :], v[..., :half, :], bias=biases[0])
     across = (x[..., half:, :].swapaxes(1, 2) for x in (q, k, v))
-    return from_blocks(jnp.concatenate([within, attend(*across).swapaxes(1, 2)], axis=-2), grid, block)
+    return from_blocks(jnp.concatenate([within, attend(*across, bias=biases[1]).swapaxes(1, 2)], axis=-2), grid, block)
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each head and 2D offset between two places of a grid; zero at the start.
+
+    Not in Muse, which has absolute positions only. What a shape looks like does not depend on where
+    it is, and with offsets a small model need not learn it at every place anew.
+    """
+
+    heads: int
+    grid: tuple[int, int]
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "h n n"]:
+        rows, cols = self.grid
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (axes.HEADS, axes.BUCKETS))
+        table = self.param("table", init, (self.heads, (2 * rows - 1) * (2 * cols - 1)))
+        y, x = np.divmod(np.arange(rows * cols), cols)
+        offset = (y[:, None] - y[None, :] + rows - 1) * (2 * cols - 1) + (x[:, None] - x[None, :] + cols - 1)
+        return table[:, offset]
 
 
 class SelfAttention(nn.Module):
@@ -154,6 +180,7 @@ class SelfAttention(nn.Module):
     grid: tuple[int, int] | None = None
     block: tuple[int, int] | None = None
     qk_norm: bool = False
+    relative: bool = False
     out_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
 
@@ -165,8 +192,18 @@ class SelfAttention(nn.Module):
         )
         if self.qk_norm:
             q, k = (RMSNorm(axes.HEAD_DIM, name=f"{n}_norm")(y) for n, y in (("query", q), ("key", k)))
-        out = attend(q, k, v) if self.block is None else multi_axis_attend(q, k, v, self.grid, self.block)
+        if self.block is None:
+            out = attend(q, k, v, bias=RelativeBias(self.heads, self.grid, name="bias")() if self.relative else None)
+        else:
+            out = multi_axis_attend(q, k, v, self.grid, self.block, self._multi_axis_biases())
         return OutProjection(x.shape[-1], self.out_scale, self.dtype, name="out")(out)
+
+    def _multi_axis_biases(self) -> tuple[Any, Any]:
+        if not self.relative:
+            return None, None
+        blocks = tuple(side // part for side, part in zip(self.grid, self.block, strict=True))
+        half = self.heads // 2
+        return RelativeBias(half, self.block, name="bias_within")(), RelativeBias(half, blocks, name="bias_across")()
 
 
 class CrossAttention(nn.Module):

@@ -68,7 +68,14 @@ class TokenTransformer(nn.Module):
     def setup(self):
         s, dtype = self.spec, jnp.dtype(self.spec.dtype)
         text = {f: getattr(s.text, f) for f in s.text.__dataclass_fields__ if f not in ("trainable", "weights")}
-        shared = dict(dropout=s.dropout, qk_norm=s.qk_norm, remat=s.remat, unroll=s.unroll, dtype=dtype)
+        shared = dict(
+            dropout=s.dropout,
+            qk_norm=s.qk_norm,
+            relative=s.relative_positions,
+            remat=s.remat,
+            unroll=s.unroll,
+            dtype=dtype,
+        )
         self.text_encoder = t5.T5Encoder(**text, dtype=dtype, remat=s.remat, unroll=s.unroll)
         self.text_projection = layers.Dense(s.width, (axes.EMBED, axes.MLP), dtype=dtype)
         self.text_norm = layers.RMSNorm()
@@ -77,7 +84,7 @@ class TokenTransformer(nn.Module):
         self.head = Head(s.codebook_size, dtype)
         if self.super_resolution:
             self.low_embedding = TokenEmbedding(s.low_codebook_size, s.low_grid, s.width, dtype)
-            self.low_stack = transformer.Stack(s.low_layers, s.heads, s.mlp_width, **shared)
+            self.low_stack = transformer.Stack(s.low_layers, s.heads, s.mlp_width, s.low_grid, **shared)
             self.low_norm = layers.RMSNorm()
         block = s.block if self.super_resolution else None
         self.stack = transformer.Stack(s.layers, s.heads, s.mlp_width, s.grid, block, **shared)

@@ -59,6 +59,7 @@ class Layer(nn.Module):
     block: tuple[int, int] | None = None
     dropout: float = 0.0
     qk_norm: bool = False
+    relative: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -72,7 +73,7 @@ class Layer(nn.Module):
             return nn.Dropout(self.dropout, broadcast_dims=(1,))(y, deterministic) if self.dropout else y
 
         attention = layers.SelfAttention(
-            self.heads, self.grid, self.block, self.qk_norm, scale, self.dtype, name="self_attention"
+            self.heads, self.grid, self.block, self.qk_norm, self.relative, scale, self.dtype, name="self_attention"
         )
         x = x + residual(attention(layers.RMSNorm(name="self_norm")(x)))
         if self.cross:
@@ -92,6 +93,7 @@ class Stack(nn.Module):
     block: tuple[int, int] | None = None
     dropout: float = 0.0
     qk_norm: bool = False
+    relative: bool = False
     remat: str = "none"
     unroll: int = 1
     dtype: jnp.dtype = jnp.float32
@@ -118,6 +120,7 @@ class Stack(nn.Module):
             block=self.block,
             dropout=self.dropout,
             qk_norm=self.qk_norm,
+            relative=self.relative,
             dtype=self.dtype,
             name="layers",
         )

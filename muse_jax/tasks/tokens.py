@@ -16,6 +16,7 @@ from muse_jax.tasks import corruption, losses
 from muse_jax.tasks.task import Batch, Mean, Metrics, Params
 
 EVALUATED_RATIOS = (0.25, 0.5, 0.75, 1.0)
+TABLES = ("tokens", "rows", "columns", "embedding")  # parameters that are looked up by an index
 SAMPLED = 8  # prompts in the log's pictures
 
 
@@ -68,6 +69,10 @@ class TokensTask:
         params = dict(self.model.init(key, tokens, text, text > 0, low)["params"])
         if self.text_encoder is not None:
             del params["text_encoder"]
+        if self.spec.task.codebook_init:
+            params["embedding"] = _projected(params["embedding"], self.tokenizers["tokenizer"], key)
+            if self.model.super_resolution:
+                params["low_embedding"] = _projected(params["low_embedding"], self.tokenizers["low_tokenizer"], key)
         return params
 
     def frozen(self) -> Params:
@@ -76,8 +81,12 @@ class TokensTask:
         return networks | ({} if self.text_encoder is None else {"text_encoder": self.text_encoder})
 
     def labels(self, params: Params) -> Params:
-        """All parameters have one optimizer."""
-        return jax.tree.map(lambda _: "model", params)
+        """ "embeddings" for the tables that are looked up, "model" for the rest."""
+
+        def label(path: Any, _: Any) -> str:
+            return "embeddings" if path[-1].key in TABLES else "model"
+
+        return jax.tree_util.tree_map_with_path(label, params)
 
     # ---------------------------------------------------------------------------------- learning
 
@@ -249,3 +258,15 @@ class TokensTask:
             {"params": frozen["tokenizer"]}, tokens.reshape(-1, *model.grid), method="decode_tokens"
         )
         return vqgan.to_uint8(images)
+
+
+def _projected(embedding: Params, tokenizer: Tokenizer, key: jax.Array) -> Params:
+    """The embedding with its codes' rows a random projection of the tokenizer's codes, of unit variance.
+
+    Codes that look alike start alike, instead of as far apart as any two.
+    """
+    codes = jnp.asarray(tokenizer.params["quantizer"]["codebook"], jnp.float32)
+    codes = codes / jnp.sqrt(jnp.mean(jnp.sum(jnp.square(codes), axis=-1)))
+    table = embedding["tokens"]
+    rows = codes @ jax.random.normal(jax.random.fold_in(key, 1), (codes.shape[-1], table.value.shape[-1]))
+    return {**embedding, "tokens": table.replace_boxed(table.value.at[: rows.shape[0]].set(rows))}
