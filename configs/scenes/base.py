@@ -53,7 +53,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         dropout=0.0,
         qk_norm=True,
-        relative_positions=True,  # what a shape looks like is learned once, not at every place
+        relative_positions=False,
         remat="none",
         unroll=6,  # all layers in one iteration: the scan's copies cost time on CPU
         dtype="float32",
@@ -86,7 +86,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
-    config.train = dict(steps=1500, batch_size=64, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
+    config.train = dict(steps=1000, batch_size=64, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
     config.checkpoint = dict(every_steps=250, keep=2)
     config.sample = dict(
         num_inference_steps=24,  # Muse, section 2.8

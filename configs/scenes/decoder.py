@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         perceptual=0.0,  # off: needs a file of weights; the paper's weight is 0.005
         perceptual_weights="",
         adversarial=0.1,  # the paper's weight
-        adversarial_start=200,
+        adversarial_start=100,
         adversarial_warmup=50,
         adaptive_weight=True,
         revive_after=0,
@@ -68,12 +68,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
-    config.train = dict(steps=300, batch_size=16, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
+    config.train = dict(steps=200, batch_size=16, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
     config.checkpoint = dict(every_steps=150, keep=2)
     config.sample = {}
     if variant == "long":
         config.train.steps = 3000
-        config.task.update(adversarial_start=2000, adversarial_warmup=200)
+        config.task.update(adversarial_start=1000, adversarial_warmup=200)
     if variant == "tiny":
         config.model.update(codebook_size=32, channels=16, res_blocks=1, decoder_channels=24, decoder_res_blocks=1)
         config.task.update(adversarial_start=2, adversarial_warmup=1)

@@ -57,7 +57,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         dropout=0.0,
         qk_norm=True,
-        relative_positions=True,  # what a shape looks like is learned once, not at every place
+        relative_positions=False,
         remat="none",
         unroll=4,
         dtype="float32",
@@ -90,7 +90,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
-    config.train = dict(steps=500, batch_size=16, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
+    config.train = dict(steps=400, batch_size=16, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
     config.checkpoint = dict(every_steps=250, keep=2)
     config.sample = dict(
         num_inference_steps=8,  # Muse, section 2.8
