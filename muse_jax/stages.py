@@ -76,8 +76,8 @@ def _tokens_task(spec: specs.Spec, load_stage: LoadStage) -> protocol.Task:
         for low_side in model.low_grid:
             if spec.data.image_size % (low_side * low.spec.factor):
                 raise SpecError(
-                    f"model.low_grid {model.low_grid} of the tokenizer {path!r} (factor {low.spec.factor}) is a picture "
-                    f"of {low_side * low.spec.factor} pixels, which does not divide data.image_size "
+                    f"model.low_grid {model.low_grid} of the tokenizer {path!r} (factor {low.spec.factor}) is a "
+                    f"picture of {low_side * low.spec.factor} pixels, which does not divide data.image_size "
                     f"{spec.data.image_size}; change one of them."
                 )
     return TokensTask(spec, tokenizer, low, _text_encoder(model.text, spec.data.text_length))

@@ -142,9 +142,7 @@ def _scene(draws: _Draws, split: str) -> Scene:
     for i in range(len(counts)):
         options = HELD_OUT if i == held_out else _PAIRS
         pairs.append(draws.choice([pair for pair in options if pair not in pairs]))
-    groups = tuple(
-        Group(count, draws.choice(tuple(SIZES)), *pair) for count, pair in zip(counts, pairs, strict=True)
-    )
+    groups = tuple(Group(count, draws.choice(tuple(SIZES)), *pair) for count, pair in zip(counts, pairs, strict=True))
     relation = draws.choice(tuple(RELATIONS)) if len(groups) == 2 else None
     caption = _caption(background, groups, relation, draws)
     return Scene(background, groups, relation, _place(groups, relation, draws), caption)

@@ -9,9 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from muse_jax.tasks.task import Mean
 
 
-def cross_entropy(
-    logits: Float[Array, "*b v"], labels: Int[Array, "*b"], smoothing: float = 0.0
-) -> Float[Array, "*b"]:
+def cross_entropy(logits: Float[Array, "*b v"], labels: Int[Array, "*b"], smoothing: float = 0.0) -> Float[Array, "*b"]:
     """-sum_k q_k log p_k, where q is (1 - smoothing) on the label and smoothing / v on every code.
 
     >>> float(cross_entropy(jnp.zeros(8), jnp.array(3)).round(4))
