@@ -139,7 +139,7 @@ def multi_axis_attend(
     v: Float[Array, "b n h d"],
     grid: tuple[int, int],
     block: tuple[int, int],
-    biases: tuple[Float[Array, "h p p"], Float[Array, "h k k"]] | tuple[None, None] = (None, None),
+    biases: tuple[Float[Array, "g p p"], Float[Array, "g k k"]] | tuple[None, None] = (None, None),
 ) -> Float[Array, "b n h d"]:
     """Multi-axis attention (HiT, Zhao et al. 2021, section 3.1).
 
