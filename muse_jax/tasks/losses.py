@@ -1,6 +1,7 @@
 """Losses and the metrics that make them readable."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +59,14 @@ def hinge_generator(fake: Float[Array, "..."]) -> Float[Array, ""]:
     return -jnp.mean(fake)
 
 
-def adaptive_weight(reconstruction: Array, adversarial: Array) -> Float[Array, ""]:
+def adaptive_weight(reconstruction: Any, adversarial: Any) -> Float[Array, ""]:
     """lambda = |grad L_rec| / (|grad L_gan| + 1e-4), at most 1e4 (Esser et al. 2021, equation 7).
 
     Args:
       reconstruction, adversarial: gradients of the two losses by the decoder's last layer (any pytree).
     """
 
-    def norm(tree: Array) -> Array:
+    def norm(tree: Any) -> Array:
         return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
 
     weight = norm(reconstruction) / (norm(adversarial) + 1e-4)
