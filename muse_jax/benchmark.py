@@ -229,12 +229,14 @@ def wide_spec(effort: Effort) -> specs.Spec:
         heads=max(width // 64, 1),
         mlp_width=4 * width,
         text=text,
+        relative_positions=False,
         remat="dots_saveable",  # what is quick to compute again costs more to keep, in the scan over layers
         unroll=1,
     )
     optimizer = specs.OptimizerSpec(name="adamw", learning_rate=1e-4, clip_norm=1.0)
     train = dataclasses.replace(base.train, batch_size=8)
-    return dataclasses.replace(base, model=model, optimizer=optimizer, train=train)
+    task = dataclasses.replace(base.task, codebook_init=False)  # no tokenizer goes with it
+    return dataclasses.replace(base, task=task, model=model, optimizer=optimizer, train=train)
 
 
 def wide_training(spec: specs.Spec) -> Training:
