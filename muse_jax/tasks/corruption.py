@@ -25,7 +25,7 @@ def mask_ratio(
     return jnp.maximum(schedule(jax.random.uniform(key), tokens), minimum)
 
 
-def random_mask(key: jax.Array, ratio: Float[Array, ""], tokens: int) -> Bool[Array, "n"]:
+def random_mask(key: jax.Array, ratio: Float[Array, ""] | float, tokens: int) -> Bool[Array, "n"]:
     """True at ceil(ratio * tokens) places chosen at random, at least one.
 
     >>> int(random_mask(jax.random.key(0), 0.5, 9).sum())

@@ -5,7 +5,7 @@ of arrays; everything here that takes arrays can be jitted.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class Mean(NamedTuple):
 Metrics = Mapping[str, Mean]
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is learned. Labels are free strings; "frozen" means that no optimizer touches it."""
 
