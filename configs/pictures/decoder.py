@@ -42,8 +42,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         res_blocks=2,
         stem_patch=4,
         encoder_kernel=3,
-        decoder_channels=128,  # the paper doubles channels and blocks; the budget here is a minute
-        decoder_res_blocks=3,
+        decoder_channels=96,  # as trained: with twice the blocks the decoder starts as the one it was
+        decoder_res_blocks=4,  # the paper doubles them too (2 to 4), and the channels
         normalization="layer",
         normalize_codes=True,
         discriminator_channels=16,
@@ -63,8 +63,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     config.optimizer = dict(
         name="muon",
-        learning_rate=0.02,
-        adam_learning_rate=3e-3,
+        learning_rate=0.005,  # a quarter of the tokenizer's: it goes on from there
+        adam_learning_rate=1e-3,
         schedule="cosine",
         final_scale=0.02,
         warmup_steps=30,
@@ -85,7 +85,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.train.steps = 6000
         config.task.update(adversarial_start=5000, adversarial_warmup=200)
     if variant == "tiny":
-        config.model.update(codebook_size=32, channels=16, res_blocks=1, decoder_channels=24, decoder_res_blocks=1)
+        config.model.update(codebook_size=32, channels=16, res_blocks=1, decoder_channels=16, decoder_res_blocks=2)
         config.task.update(adversarial_start=2, adversarial_warmup=1)
         config.train.update(steps=4, batch_size=8, log_every=2, eval_batches=1)
     return config.lock()

@@ -22,7 +22,8 @@ class TokenizerTask:
 
     def __init__(self, spec: specs.Spec, start: Params | None = None, perceptual: Params | None = None):
         """Args:
-        start: trained parameters; of their encoder and codebook with trainable="decoder", of all else.
+        start: trained parameters to go on from. With trainable="decoder" the decoder may be larger than
+          theirs: it starts from what fits, and layers that theirs lacks start by passing on what they get.
         perceptual: LPIPS parameters (`models.lpips.load_lpips`), needed if task.perceptual > 0.
         """
         self.spec = spec
@@ -44,6 +45,8 @@ class TokenizerTask:
         if self.start is not None:
             kept = ("encoder", "quantizer") if self.decoder_only else GENERATOR
             params |= {name: _boxed_as(params[name], self.start[name]) for name in kept}
+            if self.decoder_only:
+                params["decoder"] = _grown(params["decoder"], self.start["decoder"])
         if self.adversarial:
             params["discriminator"] = self.discriminator.init(jax.random.fold_in(key, 1), image)["params"]
         return params
@@ -227,3 +230,23 @@ def _boxed_as(boxes: Params, values: Params) -> Params:
         values,
         is_leaf=lambda x: hasattr(x, "replace_boxed"),
     )
+
+
+def _grown(boxes: Params, trained: Params) -> Params:
+    """A decoder that starts from a smaller trained one.
+
+    What has the same name and shape is taken over; a residual block that the trained one lacks adds
+    nothing at first, so that with equal channels the larger decoder starts as the trained one.
+    """
+
+    def start(path: Any, box: Any) -> Any:
+        names = [key.key for key in path if hasattr(key, "key")]
+        found: Any = trained
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
+        if found is not None and found.shape == box.value.shape:
+            return box.replace_boxed(jnp.asarray(found))
+        new_block = names[0] not in trained and "conv2" in names
+        return box.replace_boxed(jnp.zeros_like(box.value)) if new_block else box
+
+    return jax.tree_util.tree_map_with_path(start, boxes, is_leaf=lambda x: hasattr(x, "replace_boxed"))

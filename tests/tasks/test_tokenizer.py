@@ -162,6 +162,16 @@ def test_fine_tuning_starts_from_the_trained_encoder_and_codebook(decoder, train
     assert decoder.grads(params, {}, batch(64), jax.random.key(0), jnp.int32(0))[2] is None, "no code is revived"
 
 
+def test_a_decoder_with_more_blocks_starts_as_the_one_it_was(decoder, trained):
+    params = random_params(decoder)
+    blocks = [name for name in params["decoder"] if "block" in name]
+    assert len(blocks) > len([name for name in trained.params["decoder"] if "block" in name])
+    images = vqgan.to_unit(batch(64)["image"])
+    before = vqgan.VQGAN(trained.spec.model).apply({"params": trained.params}, images)[0]
+    generator = {name: params[name] for name in ("encoder", "quantizer", "decoder")}
+    np.testing.assert_allclose(decoder.model.apply({"params": generator}, images)[0], before, atol=1e-5)
+
+
 def test_fine_tuning_another_tokenizer_is_refused_with_the_parameter(trained):
     spec = tiny("decoder", model={"codebook_size": 64})
     with pytest.raises(specs.SpecError, match=r"quantizer.*codebook"):
