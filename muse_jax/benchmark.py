@@ -27,6 +27,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 import statistics
 import sys
@@ -63,7 +64,7 @@ class Effort:
     grid: int = 16
     steps: int = 18
     channels: int = 64
-    loaded: int = 25  # train steps timed at a time for load/
+    loaded: int = 6  # train steps that load/ times at least
 
 
 QUICK = Effort(1, 0.0, "tiny", 128, 32, 2, 4, 2, 8, 2)
@@ -328,17 +329,21 @@ def load_ratio(name: str, effort: Effort) -> dict[str, float]:
     loader = _loader(spec)
     fed = feed.Feed(iter(loader), training.program.batch_sharding, signals.Signals())
 
+    began = time.perf_counter()
+    for _ in range(2):
+        training.run()
+    count = max(effort.loaded, math.ceil(10 * effort.seconds / (time.perf_counter() - began) * 2))
+
     def spent(batches: Iterable[Any]) -> float:
         # First what was loaded while the other turn ran, so that it isn't taken for fast loading.
-        waiting = 2 * (spec.data.prefetch + 4) if effort.loaded > 2 else 1
-        for batch in itertools.islice(batches, waiting):
+        for batch in itertools.islice(batches, spec.data.prefetch + 4):
             training(batch)
         training.wait()
         began = time.perf_counter()
-        for batch in itertools.islice(batches, effort.loaded):
+        for batch in itertools.islice(batches, count):
             training(batch)
         training.wait()
-        return (time.perf_counter() - began) / effort.loaded
+        return (time.perf_counter() - began) / count
 
     def from_loader() -> Iterator[Any]:
         while True:
