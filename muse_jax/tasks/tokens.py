@@ -147,10 +147,16 @@ class TokensTask:
         return tokens, low
 
     def _encode_low(self, frozen: Params, images: jax.Array) -> jax.Array:
+        """Tokens of the picture decimated to what the low-resolution tokenizer was trained on.
+
+        The mean of each square of pixels, which is how those pictures came by their size; a wider
+        filter would blur them, and the tokens would be others than the base model draws.
+        """
         factor = self.tokenizers["low_tokenizer"].spec.factor
         rows, columns = (side * factor for side in self.spec.model.low_grid)
-        shape = (images.shape[0], rows, columns, 3)
-        return self._encode("low_tokenizer", frozen, jax.image.resize(images.astype(jnp.float32), shape, "linear"))
+        height, width = images.shape[1] // rows, images.shape[2] // columns
+        squares = images.astype(jnp.float32).reshape(-1, rows, height, columns, width, 3)
+        return self._encode("low_tokenizer", frozen, jnp.mean(squares, axis=(2, 4)))
 
     def _encode(self, name: str, frozen: Params, images: jax.Array) -> jax.Array:
         tokenizer = vqgan.VQGAN(self.tokenizers[name].spec)
