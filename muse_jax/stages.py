@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from safetensors.numpy import load_file
 
 from muse_jax import specs
@@ -16,6 +15,7 @@ from muse_jax.specs import SpecError
 from muse_jax.tasks import task as protocol
 from muse_jax.tasks.tokenizer import TokenizerTask
 from muse_jax.tasks.tokens import Tokenizer, TokensTask
+from muse_jax.training import sharding, trees
 
 LoadStage = Callable[[str], Any]
 
@@ -104,29 +104,22 @@ def _text_encoder(text: specs.TextEncoderSpec, length: int) -> Any:
     path = os.path.join(text.weights, "params.safetensors")
     if not os.path.exists(path):
         raise SpecError(f"model.text.weights is {text.weights!r}, but there is no {path}; see third_party/README.md.")
-    params = traverse_util.unflatten_dict(load_file(path), sep="/")
-    fields = {f: getattr(text, f) for f in text.__dataclass_fields__ if f not in ("trainable", "weights")}
+    params = trees.nest(load_file(path))
     ids = jnp.zeros((1, length), jnp.int32)
-    expected = jax.eval_shape(t5.T5Encoder(**fields).init, jax.random.key(0), ids, ids > 0)["params"]
+    expected = jax.eval_shape(t5.from_spec(text).init, jax.random.key(0), ids, ids > 0)["params"]
     _check_shapes(f"model.text.weights {text.weights!r}", expected, params)
     return params
 
 
 def _check_shapes(what: str, expected: Any, found: Any) -> None:
     """Raises SpecError naming the first parameter whose shape differs or that only one side has."""
-    wanted = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(_plain(expected))}
-    have = {_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+    wanted, have = (
+        {name: leaf.shape for name, leaf in trees.named_leaves(tree).items()}
+        for tree in (sharding.unbox(expected), found)
+    )
     for name in sorted(wanted.keys() | have.keys()):
         if wanted.get(name) != have.get(name):
             raise SpecError(
                 f"{what}: {name} has shape {have.get(name, 'none, it is missing')}, but the config's model "
                 f"has {wanted.get(name, 'no such parameter')}; make the model section that of the weights."
             )
-
-
-def _plain(tree: Any) -> Any:
-    return jax.tree.map(lambda x: getattr(x, "value", x), tree, is_leaf=lambda x: hasattr(x, "replace_boxed"))
-
-
-def _name(path: Any) -> str:
-    return "/".join(str(getattr(key, "key", key)) for key in path)

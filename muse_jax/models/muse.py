@@ -67,7 +67,6 @@ class TokenTransformer(nn.Module):
 
     def setup(self):
         s, dtype = self.spec, jnp.dtype(self.spec.dtype)
-        text = {f: getattr(s.text, f) for f in s.text.__dataclass_fields__ if f not in ("trainable", "weights")}
         shared = dict(
             dropout=s.dropout,
             qk_norm=s.qk_norm,
@@ -76,7 +75,7 @@ class TokenTransformer(nn.Module):
             unroll=s.unroll,
             dtype=dtype,
         )
-        self.text_encoder = t5.T5Encoder(**text, dtype=dtype, remat=s.remat, unroll=s.unroll)
+        self.text_encoder = t5.from_spec(s.text, dtype=dtype, remat=s.remat, unroll=s.unroll)
         self.text_projection = layers.Dense(s.width, (axes.EMBED, axes.MLP), dtype=dtype)
         self.text_norm = layers.RMSNorm()
         self.memory = transformer.MemoryProjection(s.layers, s.heads, s.width // s.heads, s.qk_norm, dtype)

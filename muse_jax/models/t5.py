@@ -270,3 +270,9 @@ class _Stack(nn.Module):
         )(x, bias)
         x = RMSNorm(jnp.float32, name="encoder_norm")(x)
         return drop(x, deterministic=self.deterministic)
+
+
+def from_spec(spec: Any, **settings: Any) -> T5Encoder:
+    """The encoder of a `TextEncoderSpec`; `settings` are the fields that the spec lacks (dtype, remat, unroll)."""
+    fields = {name: getattr(spec, name) for name in spec.__dataclass_fields__ if name not in ("trainable", "weights")}
+    return T5Encoder(**fields, **settings)
