@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
-from etils import epath
 
 from muse_jax import process
 from muse_jax.training import reading, stage, trees
@@ -36,7 +35,7 @@ def average(workdir: Any, decay: float = 0.7) -> tuple[dict[str, np.ndarray], li
     """
     if not 0 <= decay < 1:
         raise ValueError(f"--decay is {decay}; expected at least 0 and less than 1.")
-    folder = epath.Path(os.fspath(workdir)) / "checkpoints"
+    folder = reading.checkpoints_in(workdir)
     total: dict[str, np.ndarray] = {}
     dtypes: dict[str, Any] = {}
     used = []

@@ -79,7 +79,7 @@ class BaseSpec:
     text: TextEncoderSpec
     dropout: float = 0.0
     qk_norm: bool = False
-    relative_positions: bool = False  # a bias for each 2D offset on self-attention; not in Muse
+    relative_positions: bool = False  # a bias for each 2D offset on attention; not in Muse
     remat: str = "none"  # "none", "full", or a name in jax.checkpoint_policies
     unroll: int = 1  # layers per iteration of the scan over layers
     dtype: str = "float32"
@@ -102,7 +102,7 @@ class SuperResSpec:
     text: TextEncoderSpec
     dropout: float = 0.0
     qk_norm: bool = False
-    relative_positions: bool = False  # a bias for each 2D offset on self-attention; not in Muse
+    relative_positions: bool = False  # a bias for each 2D offset on attention; not in Muse
     remat: str = "none"
     unroll: int = 1
     dtype: str = "float32"

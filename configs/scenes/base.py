@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         name="base",
         codebook_size=512,
         grid=(8, 8),
-        layers=6,
+        layers=4,
         width=128,
         heads=4,
         mlp_width=512,
@@ -53,9 +53,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         dropout=0.0,
         qk_norm=True,
-        relative_positions=False,
+        relative_positions=True,  # not in Muse: shapes come out whole in fewer steps
         remat="none",
-        unroll=6,  # all layers in one iteration: the scan's copies cost time on CPU
+        unroll=4,  # all layers in one iteration: the scan's copies cost time on CPU
         dtype="float32",
     )
     config.data = dict(
@@ -99,7 +99,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         top_p=1.0,
     )
     if variant == "long":
-        config.train.steps = 12000
+        config.model.update(width=160, heads=5, mlp_width=640)
+        config.train.steps = 5200
     if variant == "tiny":
         config.model.update(codebook_size=32, layers=2, width=32, heads=2, mlp_width=64, unroll=2)
         config.model.text.update(layers=1, width=32, heads=2, head_dim=16, mlp_width=64)

@@ -72,8 +72,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.checkpoint = dict(every_steps=150, keep=2)
     config.sample = {}
     if variant == "long":
-        config.train.steps = 3000
-        config.task.update(adversarial_start=1000, adversarial_warmup=200)
+        config.train.steps = 1000
+        config.task.update(adversarial_start=500, adversarial_warmup=100)
     if variant == "tiny":
         config.model.update(codebook_size=32, channels=16, res_blocks=1, decoder_channels=16, decoder_res_blocks=2)
         config.task.update(adversarial_start=2, adversarial_warmup=1)

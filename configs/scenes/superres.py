@@ -57,7 +57,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
         dropout=0.0,
         qk_norm=True,
-        relative_positions=False,
+        relative_positions=True,  # not in Muse: a place finds its low-resolution tokens at once
         remat="none",
         unroll=4,
         dtype="float32",
@@ -103,7 +103,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         top_p=1.0,
     )
     if variant == "long":
-        config.train.steps = 5000
+        config.train.steps = 4200
     if variant == "tiny":
         config.model.update(
             codebook_size=32, low_codebook_size=32, low_layers=1, layers=2, width=32, heads=2, mlp_width=64, unroll=2

@@ -69,7 +69,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.checkpoint = dict(every_steps=250, keep=2)
     config.sample = {}
     if variant == "long":
-        config.train.steps = 6000
+        config.train.steps = 2000
     if variant == "tiny":
         config.model.update(codebook_size=32, channels=16, res_blocks=1)
         config.train.update(steps=4, batch_size=8, log_every=2, eval_batches=1)

@@ -1,5 +1,6 @@
 """Layers that the transformers are put together from. Parameters carry logical axis names."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,23 +155,40 @@ def multi_axis_attend(
 
 
 class RelativeBias(nn.Module):
-    """A learned number for each head and 2D offset between two places of a grid; zero at the start.
+    """A learned number for each head and 2D offset between places of two grids; zero at the start.
 
     Not in Muse, which has absolute positions only. What a shape looks like does not depend on where
-    it is, and with offsets a small model need not learn it at every place anew.
+    it is, and with offsets a small model need not learn it at every place anew. The grids lie on the
+    same picture: with a finer one for the queries, several of them share a key's square.
     """
 
     heads: int
-    grid: tuple[int, int]
+    queries: tuple[int, int]
+    keys: tuple[int, int]
 
     @nn.compact
-    def __call__(self) -> Float[Array, "h n n"]:
-        rows, cols = self.grid
+    def __call__(self) -> Float[Array, "h n m"]:
+        rows, columns = (offsets_chosen(*sides) for sides in zip(self.queries, self.keys, strict=True))
+        offsets = (rows.shape[-1], columns.shape[-1])
         init = nn.with_logical_partitioning(nn.initializers.zeros, (axes.HEADS, axes.BUCKETS))
-        table = self.param("table", init, (self.heads, (2 * rows - 1) * (2 * cols - 1)))
-        y, x = np.divmod(np.arange(rows * cols), cols)
-        offset = (y[:, None] - y[None, :] + rows - 1) * (2 * cols - 1) + (x[:, None] - x[None, :] + cols - 1)
-        return table[:, offset]
+        table = self.param("table", init, (self.heads, math.prod(offsets))).reshape(self.heads, *offsets)
+        # Products, not a lookup: the gradient is products too, where a lookup's is a slow scatter.
+        bias = jnp.einsum("hyx,qky,pwx->hqpkw", table, rows, columns, precision="highest")
+        return bias.reshape(self.heads, math.prod(self.queries), math.prod(self.keys))
+
+
+def offsets_chosen(queries: int, keys: int) -> Float[np.ndarray, "q k o"]:
+    """One-hot: which offset lies between a query's and a key's place on one side of the picture.
+
+    >>> offsets_chosen(2, 2).argmax(-1).tolist()  # offsets -1, 0, 1
+    [[1, 0], [2, 1]]
+    >>> offsets_chosen(4, 2).argmax(-1).tolist()  # -2 to 3, in steps of the finer grid
+    [[2, 0], [3, 1], [4, 2], [5, 3]]
+    """
+    steps = math.lcm(queries, keys)
+    offset = np.arange(queries)[:, None] * (steps // queries) - np.arange(keys)[None, :] * (steps // keys)
+    offset = offset - offset.min()
+    return np.eye(offset.max() + 1, dtype=np.float32)[offset]
 
 
 class SelfAttention(nn.Module):
@@ -193,7 +211,8 @@ class SelfAttention(nn.Module):
         if self.qk_norm:
             q, k = (RMSNorm(axes.HEAD_DIM, name=f"{n}_norm")(y) for n, y in (("query", q), ("key", k)))
         if self.block is None:
-            out = attend(q, k, v, bias=RelativeBias(self.heads, self.grid, name="bias")() if self.relative else None)
+            bias = RelativeBias(self.heads, self.grid, self.grid, name="bias")() if self.relative else None
+            out = attend(q, k, v, bias=bias)
         else:
             out = multi_axis_attend(q, k, v, self.grid, self.block, self._multi_axis_biases())
         return OutProjection(x.shape[-1], self.out_scale, self.dtype, name="out")(out)
@@ -203,14 +222,20 @@ class SelfAttention(nn.Module):
             return None, None
         blocks = tuple(side // part for side, part in zip(self.grid, self.block, strict=True))
         half = self.heads // 2
-        return RelativeBias(half, self.block, name="bias_within")(), RelativeBias(half, blocks, name="bias_across")()
+        within, across = ((side, f"bias_{name}") for side, name in ((self.block, "within"), (blocks, "across")))
+        return tuple(RelativeBias(half, side, side, name=name)() for side, name in (within, across))
 
 
 class CrossAttention(nn.Module):
-    """Attention to keys and values that were computed before."""
+    """Attention to keys and values that were computed before.
+
+    With `grids`, of the queries and of the first keys, it has a `RelativeBias` between these: a place
+    finds what is known about it, here low-resolution tokens. The other keys, the text, have no place.
+    """
 
     heads: int
     qk_norm: bool = False
+    grids: tuple[tuple[int, int], tuple[int, int]] | None = None
     out_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
 
@@ -225,7 +250,11 @@ class CrossAttention(nn.Module):
         q = HeadProjection(self.heads, x.shape[-1] // self.heads, self.dtype, name="query")(x)
         if self.qk_norm:
             q = RMSNorm(axes.HEAD_DIM, name="query_norm")(q)
-        return OutProjection(x.shape[-1], self.out_scale, self.dtype, name="out")(attend(q, keys, values, mask))
+        bias = None
+        if self.grids is not None:
+            bias = RelativeBias(self.heads, *self.grids, name="bias")()
+            bias = jnp.pad(bias, ((0, 0), (0, 0), (0, keys.shape[1] - bias.shape[-1])))
+        return OutProjection(x.shape[-1], self.out_scale, self.dtype, name="out")(attend(q, keys, values, mask, bias))
 
 
 class MLP(nn.Module):

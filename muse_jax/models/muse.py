@@ -85,8 +85,8 @@ class TokenTransformer(nn.Module):
             self.low_embedding = TokenEmbedding(s.low_codebook_size, s.low_grid, s.width, dtype)
             self.low_stack = transformer.Stack(s.low_layers, s.heads, s.mlp_width, s.low_grid, **shared)
             self.low_norm = layers.RMSNorm()
-        block = s.block if self.super_resolution else None
-        self.stack = transformer.Stack(s.layers, s.heads, s.mlp_width, s.grid, block, **shared)
+            shared |= dict(block=s.block, memory_grid=s.low_grid)
+        self.stack = transformer.Stack(s.layers, s.heads, s.mlp_width, s.grid, **shared)
 
     def encode_text(
         self, text_ids: Int[Array, "b t"], text_mask: Bool[Array, "b t"], deterministic: bool = True

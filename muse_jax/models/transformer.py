@@ -60,6 +60,7 @@ class Layer(nn.Module):
     dropout: float = 0.0
     qk_norm: bool = False
     relative: bool = False
+    memory_grid: tuple[int, int] | None = None  # of the memory's first tokens, if they have places
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -77,7 +78,10 @@ class Layer(nn.Module):
         )
         x = x + residual(attention(layers.RMSNorm(name="self_norm")(x)))
         if self.cross:
-            attention = layers.CrossAttention(self.heads, self.qk_norm, scale, self.dtype, name="cross_attention")
+            grids = (self.grid, self.memory_grid) if self.relative and self.memory_grid else None
+            attention = layers.CrossAttention(
+                self.heads, self.qk_norm, grids, scale, self.dtype, name="cross_attention"
+            )
             x = x + residual(attention(layers.RMSNorm(name="cross_norm")(x), keys, values, mask))
         mlp = layers.MLP(self.mlp_width, scale, self.dtype, name="mlp")
         return x + residual(mlp(layers.RMSNorm(name="mlp_norm")(x))), None
@@ -94,6 +98,7 @@ class Stack(nn.Module):
     dropout: float = 0.0
     qk_norm: bool = False
     relative: bool = False
+    memory_grid: tuple[int, int] | None = None
     remat: str = "none"
     unroll: int = 1
     dtype: jnp.dtype = jnp.float32
@@ -121,6 +126,7 @@ class Stack(nn.Module):
             dropout=self.dropout,
             qk_norm=self.qk_norm,
             relative=self.relative,
+            memory_grid=self.memory_grid,
             dtype=self.dtype,
             name="layers",
         )

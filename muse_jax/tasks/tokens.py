@@ -16,7 +16,7 @@ from muse_jax.tasks import corruption, losses
 from muse_jax.tasks.task import Batch, Mean, Metrics, Params
 
 EVALUATED_RATIOS = (0.25, 0.5, 0.75, 1.0)
-TABLES = ("tokens", "rows", "columns", "embedding")  # parameters that are looked up by an index
+TABLES = ("tokens", "rows", "columns", "embedding", "rel_embedding", "table")  # looked up by an index
 SAMPLED = 8  # prompts in the log's pictures
 
 

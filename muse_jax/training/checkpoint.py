@@ -24,6 +24,7 @@ from muse_jax.training.reading import (
     CheckpointError,
     Damaged,
     brief,
+    checkpoints_in,
     difference,
     read_arrays,
     read_meta,
@@ -43,7 +44,7 @@ class Checkpoints:
     """The checkpoints of one run, which holds the workdir's lock."""
 
     def __init__(self, workdir: Any, keep: int):
-        self.folder = epath.Path(workdir) / "checkpoints"
+        self.folder = checkpoints_in(workdir)
         self.keep = keep
         self.failures = 0
         self._saving: int | None = None

@@ -1,6 +1,7 @@
 """Reading a checkpoint's files: what is compared before and after, by runs and by those that load a stage."""
 
 import json
+import os
 import re
 import time
 import zlib
@@ -25,6 +26,12 @@ class CheckpointError(RuntimeError):
 
 class Damaged(Exception):
     """A checkpoint whose content isn't what was saved."""
+
+
+def checkpoints_in(workdir: Any) -> epath.Path:
+    """Where a run keeps its checkpoints, as an absolute path: Orbax takes no other. A URL is one already."""
+    name = os.fspath(workdir)
+    return epath.Path(name if "://" in name else os.path.abspath(name)) / "checkpoints"
 
 
 def steps_in(folder: epath.Path) -> list[int]:

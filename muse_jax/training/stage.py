@@ -35,7 +35,7 @@ class Stage:
 
     Attributes:
       spec: of the run that trained it.
-      params: nested dict of NumPy arrays.
+      params: nested dict of NumPy arrays; what is stored as float16 is float32 here.
       vocabulary: what `vocabulary.json` holds, or None.
       path: the folder.
       step: at which the parameters were saved.
@@ -62,7 +62,7 @@ def load_stage(path: Any) -> Stage:
     if (folder / PARAMS).exists():
         params, step = _read_safetensors(folder / PARAMS)
     elif (folder / "checkpoints").exists():
-        params, step = _newest(folder / "checkpoints")
+        params, step = _newest(folder)
     else:
         raise StageError(f"{name} has neither {PARAMS} nor checkpoints; its training has not saved anything yet.")
     return Stage(spec, trees.nest(params), vocabulary, name, step)
@@ -163,14 +163,16 @@ def _read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], int]:
     for name, value in prints.items():
         if trees.fingerprint_numpy(arrays[name]) != value:
             raise StageError(f"{path} is damaged: {name} isn't what was saved.")
-    return arrays, step
+    # float16 is for a small file; nothing is computed or trained in it.
+    return {n: leaf.astype(np.float32) if leaf.dtype == np.float16 else leaf for n, leaf in arrays.items()}, step
 
 
-def _newest(folder: epath.Path) -> tuple[dict[str, np.ndarray], int]:
+def _newest(workdir: epath.Path) -> tuple[dict[str, np.ndarray], int]:
     """Parameters of the newest whole checkpoint; what is damaged is passed over, and left to its run."""
     # Orbax takes a while to import and packaged stages don't need it.
     from muse_jax.training import reading
 
+    folder = reading.checkpoints_in(workdir)
     for step in reversed(reading.steps_in(folder)):
         try:
             meta = reading.read_meta(folder / str(step))

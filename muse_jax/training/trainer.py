@@ -89,9 +89,9 @@ def already_finished(spec: specs.Spec, workdir: Any) -> Result | None:
     Raises:
       resume.ResumeError: if the workdir's run trained something else than `spec`.
     """
-    checkpoints = reading.steps_in(epath.Path(workdir) / "checkpoints")
+    folder = reading.checkpoints_in(workdir)
     try:
-        meta = reading.read_meta(epath.Path(workdir) / "checkpoints" / str(checkpoints[-1]))
+        meta = reading.read_meta(folder / str(reading.steps_in(folder)[-1]))
     except (IndexError, reading.Damaged):
         return None
     resume.check_config(meta["config"], specs.to_config(spec), meta["step"])

@@ -70,14 +70,31 @@ def test_multi_axis_attention_equals_the_reference():
         np.testing.assert_allclose(got[b, n, h], want, atol=1e-5)
 
 
-def test_a_relative_bias_depends_on_the_offset_alone():
-    table = draw(2, 7 * 11)
-    bias = layers.RelativeBias(2, GRID).apply({"params": {"table": table}})
+@pytest.mark.parametrize(("keys", "unit", "offsets"), [((4, 6), (1, 1), 7 * 11), ((2, 2), (2, 3), 6 * 9)])
+def test_a_relative_bias_depends_on_the_offset_alone(keys, unit, offsets):
+    """Also between the places of a fine grid and of a coarse one, whose squares are `unit` places wide."""
+    bias = layers.RelativeBias(2, GRID, keys).apply({"params": {"table": draw(2, offsets)}})
     found = {}
-    for n, m in itertools.product(range(24), range(24)):
-        offset = (n // 6 - m // 6, n % 6 - m % 6)
+    for n, m in itertools.product(range(24), range(keys[0] * keys[1])):
+        offset = (n // 6 - m // keys[1] * unit[0], n % 6 - m % keys[1] * unit[1])
         np.testing.assert_array_equal(found.setdefault(offset, bias[:, n, m]), bias[:, n, m])
-    assert len({tuple(np.asarray(value)) for value in found.values()}) == len(found) == 7 * 11
+    assert len({tuple(np.asarray(value)) for value in found.values()}) == len(found) == offsets
+
+
+def test_cross_attention_is_biased_towards_keys_that_have_a_place_and_no_others():
+    """Two keys on a 1x2 grid over the queries' 2x2, then one without a place."""
+    x, keys, values = draw(1, 4, 8), draw(1, 3, 2, 4, seed=1), draw(1, 3, 2, 4, seed=2)
+    mask = jnp.ones((1, 3), bool)
+    module = layers.CrossAttention(2, grids=((2, 2), (1, 2)), dtype=FLOAT32)
+    params = module.init(jax.random.key(0), x, keys, values, mask)["params"]
+    apply = jax.jit(lambda table: module.apply({"params": {**params, "bias": {"table": table}}}, x, keys, values, mask))
+    plain = layers.CrossAttention(2, dtype=FLOAT32)
+    without = {name: value for name, value in params.items() if name != "bias"}
+    start = nn.unbox(params["bias"]["table"])
+    np.testing.assert_allclose(apply(start), plain.apply({"params": without}, x, keys, values, mask), atol=1e-6)
+    biased = apply(jnp.full_like(start, 50.0))  # the key without a place loses all weight
+    want = plain.apply({"params": without}, x, keys, values, jnp.array([[True, True, False]]))
+    np.testing.assert_allclose(biased, want, atol=1e-5)
 
 
 def stack(**options):
@@ -99,7 +116,7 @@ def memory():
 
 def test_the_scan_is_a_loop_over_layers(memory):
     x = draw(2, 24, 8)
-    options = {"qk_norm": True, "relative": True, "block": BLOCK}
+    options = {"qk_norm": True, "relative": True, "block": BLOCK, "memory_grid": (1, 2)}
     params = arbitrary(stack(**options), x, memory)
     got = jax.jit(stack(**options).apply)(params, x, memory)
     layer = transformer.Layer(2, 12, depth=3, cross=True, grid=GRID, dtype=FLOAT32, **options)

@@ -258,6 +258,21 @@ def test_a_workdir_is_a_stage_and_damage_makes_it_an_older_one(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 8
 
 
+def test_a_workdir_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toys.train(toys.spec(**{"train.steps": 4}), "runs/first")
+    assert (tmp_path / "runs/first/checkpoints/4/params").is_dir()
+    assert load_stage("runs/first").step == 4
+    assert toys.train(toys.spec(), "runs/first").step == 8  # goes on from there
+
+
+def test_what_is_stored_as_float16_is_computed_in_float32(tmp_path):
+    save_stage(tmp_path / "stage", toys.spec(), {"a": np.float16([0.1, 2.0]), "n": np.asarray([3], np.int32)})
+    params = load_stage(tmp_path / "stage").params
+    assert {name: leaf.dtype for name, leaf in params.items()} == {"a": np.float32, "n": np.int32}
+    np.testing.assert_array_equal(params["a"], np.float16([0.1, 2.0]).astype(np.float32))
+
+
 def test_items_of_a_state_come_back(tmp_path):
     """Names of optimizer leaves are unique and lead back to their places."""
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3,
