@@ -379,7 +379,9 @@ def _check_misfits(spec: Spec) -> None:
     _positive(spec.checkpoint, ("every_steps", "keep"), "checkpoint")
     _positive(spec.data, ("image_size",), "data")
     _one_of(spec.data.name, ("scenes", "folder", "tfds", "synthetic"), "data.name")
+    _one_of(spec.data.crop, ("center", "random"), "data.crop")
     _one_of(spec.optimizer.name, ("adamw", "adafactor", "muon"), "optimizer.name")
+    _one_of(spec.optimizer.schedule, ("cosine", "constant", "linear"), "optimizer.schedule")
     if spec.train.batch_size % spec.optimizer.accumulate:
         raise SpecError(
             f"train.batch_size {spec.train.batch_size} is not a multiple of optimizer.accumulate "

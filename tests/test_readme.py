@@ -31,26 +31,30 @@ def _fenced(language: str) -> list[str]:
 COMMANDS = [line for block in _fenced("bash") for line in block.splitlines() if line.strip()]
 
 
-def _here(command: str, quickstart: pathlib.Path, runs: pathlib.Path) -> list[str]:
-    """The command with the tiny variant of configs, and folders of this test."""
-    command = command.replace("runs/quickstart", str(quickstart)).replace("runs/", f"{runs}/")
+def _short(command: str) -> list[str]:
+    """The command with the tiny variant of configs."""
     command = re.sub(r"(--config=configs/\S+\.py)", r"\1:tiny", command)
     command = re.sub(r"(--configs=configs/\S+)", r"\1 --variant=tiny", command)
     command = command.replace("--config.train.steps=500", "--config.train.steps=3")
     words = shlex.split(command)
     assert words[0] == "python"
     if "muse_jax.evaluate" in words:
-        words += ["--num_prompts=2", "--num_unguided=1", "--num_held_out=1", "--num_reconstructed=2", f"--out={runs}/e"]
+        words += ["--num_prompts=2", "--num_unguided=1", "--num_held_out=1", "--num_reconstructed=2", "--out=runs/e"]
     if "muse_jax.benchmark" in words:
         words += ["--quick"]
     return [sys.executable, *words[1:]]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> pathlib.Path:
-    """The README's runs/, with pictures of one's own in it; its commands go on from each other."""
-    folder = tmp_path_factory.mktemp("runs")
-    pictures = folder / "emoji-pictures"
+def checkout(tiny_quickstart) -> pathlib.Path:
+    """Where the README's commands are run: with the configs, a finished quickstart, and pictures of one's own.
+
+    The commands go on from each other, in runs/.
+    """
+    folder = tiny_quickstart[0].parent.parent
+    for name in ("configs", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    pictures = folder / "runs/emoji-pictures"
     pictures.mkdir()
     from PIL import Image
 
@@ -79,30 +83,25 @@ def test_what_runs_elsewhere_is_still_there():
         if command not in ELSEWHERE
     ],
 )
-def test_a_command_runs(command, tiny_quickstart, runs, tmp_path, request):
-    quickstart, _ = tiny_quickstart
-    if "runs/emoji/" in command and not (runs / "emoji" / "pipeline").exists():
+def test_a_command_runs(command, checkout, request):
+    if "runs/emoji/" in command and not (checkout / "runs/emoji/pipeline").exists():
         if not any(
             item.name.startswith("test_a_command_runs") and SLOW[0] in item.name for item in request.session.items
         ):
             pytest.skip("needs the slow test of the quickstart on pictures")
         pytest.fail("the quickstart on pictures, before this in the README, left no pipeline")
-    words = _here(command, quickstart, runs)
-    for folder in ("configs", "docs"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
+    words = _short(command)
+    done = subprocess.run(words, cwd=checkout, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 @pytest.mark.parametrize("block", _fenced("python"))
-def test_a_python_block_runs(block, tiny_quickstart, tmp_path):
-    quickstart, _ = tiny_quickstart
-    program = block.replace("runs/quickstart", str(quickstart))
+def test_a_python_block_runs(block, checkout):
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", block], cwd=checkout, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert (tmp_path / "crosses.png").stat().st_size > 0
+    assert (checkout / "crosses.png").stat().st_size > 0
 
 
 def test_files_that_the_readme_names_are_there():

@@ -118,6 +118,8 @@ def test_values_arrive():
         (BASE, "checkpoint.keep", 0, ["checkpoint.keep", "at least 1"]),
         (BASE, "optimizer.accumulate", 3, ["train.batch_size 8", "optimizer.accumulate 3"]),
         (BASE, "optimizer.name", "sgd", ["optimizer.name", "'adafactor'"]),
+        (BASE, "optimizer.schedule", "cosin", ["optimizer.schedule", "'cosin'", "'cosine'"]),
+        (BASE, "data.crop", "middle", ["data.crop", "'middle'", "'center'"]),
         (BASE, "data.name", "cats", ["data.name", "'folder'"]),
         (BASE, "rules.mlp", "model", ["rules", "'model'", "'tensor'"]),
         (BASE, "model.heads", 3, ["model.width 32", "model.heads 3"]),

@@ -1,5 +1,6 @@
 """Learning to predict masked image tokens: base and super-resolution (Muse, sections 2.3, 2.4, 2.6)."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -47,9 +48,12 @@ class TokensTask:
         text_encoder: Params | None = None,
     ):
         """Args:
-        tokenizer: of the predicted tokens.
-        low_tokenizer: super-resolution only.
-        text_encoder: frozen parameters; None where the text encoder is trained along.
+          tokenizer: of the predicted tokens.
+          low_tokenizer: super-resolution only.
+          text_encoder: frozen parameters; None where the text encoder is trained along.
+
+        Raises:
+          SpecError: if the config's `sample` section can't be sampled with: better now than at the first preview.
         """
         self.spec = spec
         self.model = TokenTransformer(spec.model)
@@ -57,6 +61,10 @@ class TokensTask:
         self.text_encoder = text_encoder
         self.places = spec.model.grid[0] * spec.model.grid[1]
         self.schedule = schedules.SCHEDULES[spec.task.mask_schedule]
+        try:
+            self.plan = sampler.make_plan(tokens=self.places, **dataclasses.asdict(spec.sample))
+        except ValueError as error:
+            raise specs.SpecError(f"sample: {error}") from error
 
     # -------------------------------------------------------------------------------- parameters
 
@@ -237,28 +245,17 @@ class TokensTask:
         return {"samples": np.concatenate([np.asarray(batch["image"]), drawn], axis=1)}
 
     def _draw(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> jax.Array:
-        model, settings = self.spec.model, self.spec.sample
+        model = self.spec.model
         _, low_tokens = self.tokens(frozen, batch) if self.model.super_resolution else (None, None)
         # The conditional half first, then the unconditional one, as `guidance.guided` has it.
         twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), dict(batch))
         text_mask = jnp.concatenate([batch["text_mask"], jnp.zeros_like(batch["text_mask"])])
         low_twice = None if low_tokens is None else jnp.concatenate([low_tokens, low_tokens])
         memory = self._memory(params, frozen, twice, text_mask, low_twice)
-        plan = sampler.make_plan(
-            tokens=self.places,
-            num_inference_steps=settings.num_inference_steps,
-            schedule=settings.schedule,
-            guidance_scale=settings.guidance_scale,
-            guidance_ramp=settings.guidance_ramp,
-            token_temperature=settings.token_temperature,
-            choice_temperature=settings.choice_temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-        )
         predict = guidance.guided(lambda tokens: self._apply(params, frozen, "logits", tokens, memory))
         keys = corruption.example_keys(key, batch["example_id"])
         start = jnp.full((text_mask.shape[0] // 2, self.places), model.codebook_size, jnp.int32)
-        tokens, _ = sampler.decode(predict, start, plan, keys, model.codebook_size)
+        tokens, _ = sampler.decode(predict, start, self.plan, keys, model.codebook_size)
         tokenizer = vqgan.VQGAN(self.tokenizers["tokenizer"].spec)
         images = tokenizer.apply(
             {"params": frozen["tokenizer"]}, tokens.reshape(-1, *model.grid), method="decode_tokens"

@@ -213,6 +213,9 @@ def test_samples_are_pictures_beside_the_true_ones(stage, base, superres):
         ({"model": {"grid": (4, 4)}}, "grid"),
         ({"model": {"codebook_size": 16}}, "codebook_size"),
         ({"task": {"mask_schedule": "cosin"}}, "mask_schedule"),
+        ({"sample": {"schedule": "cosin"}}, "sample: .*schedule.*'cosin'"),
+        ({"sample": {"guidance_ramp": "steep"}}, "sample: guidance_ramp"),
+        ({"sample": {"top_p": 1.5}}, "sample: top_p"),
     ],
 )
 def test_misfits_are_refused_before_anything_compiles(change, named):
