@@ -45,8 +45,8 @@ def train_args() -> list[str]:
             raise app.UsageError(f"--{name} must be given with --executor={_EXECUTOR.value}")
     if _EXECUTOR.value in ("kubernetes", "vertex") and not _WORKDIR.value.startswith("gs://"):
         raise app.UsageError(
-            f"--workdir={_WORKDIR.value} must be in a bucket (gs://...) with --executor={_EXECUTOR.value}: the disk of the "
-            "machine is lost when the job ends"
+            f"--workdir={_WORKDIR.value} must be in a bucket (gs://...) with --executor={_EXECUTOR.value}: the disk of "
+            "the machine is lost when the job ends"
         )
     return [f"--config={_CONFIG.value}", f"--workdir={_WORKDIR.value}", *_TRAIN_ARG.value]
 

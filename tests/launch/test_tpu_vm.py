@@ -1,19 +1,12 @@
 """The shell scripts of launch/tpu_vm, against a stand-in gcloud that runs what ssh would run."""
 
-import importlib.util
-import pathlib
 import re
 import shutil
 import subprocess
 import time
 
 import pytest
-
-HERE = pathlib.Path(__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("cloud", HERE / "cloud.py")
-cloud_module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cloud_module)
-SCRIPTS = cloud_module.SCRIPTS
+from stand_in_cloud import SCRIPTS, Cloud
 
 COMMANDS = ["create.sh", "install.sh", "start.sh", "stop.sh", "logs.sh", "delete.sh", "watch.sh"]
 WHERE = ["--project=my-project", "--zone=us-central2-b"]
@@ -23,7 +16,7 @@ TPUS = ["compute", "tpus", "queued-resources"]
 
 @pytest.fixture
 def cloud(tmp_path):
-    made = cloud_module.Cloud(tmp_path)
+    made = Cloud(tmp_path)
     yield made
     made.end()
 
