@@ -145,8 +145,8 @@ def check(settings: Settings) -> None:
     _check_name(settings)
     if not settings.bucket.startswith("gs://"):
         raise SettingsError(
-            f"bucket = {settings.bucket!r} must start with gs://: the disk of a pod is lost with it, and the run goes on "
-            "from its checkpoints."
+            f"bucket = {settings.bucket!r} must start with gs://: the disk of a pod is lost with it, and the run goes "
+            "on from its checkpoints."
         )
     for name, least in [("slices", 1), ("max_restarts", 0), ("grace_seconds", 1)]:
         if getattr(settings, name) < least:
@@ -160,8 +160,8 @@ def check(settings: Settings) -> None:
         raise SettingsError(f"train_args = {settings.train_args!r} must be a list of strings.")
     if settings.slices > 1 and settings.slice.hosts == 1:
         raise SettingsError(
-            f"slices = {settings.slices}, but a {settings.accelerator} slice of topology {settings.topology} is a single "
-            "host, and GKE joins only slices of several; take a larger topology, or slices = 1."
+            f"slices = {settings.slices}, but a {settings.accelerator} slice of topology {settings.topology} is a "
+            "single host, and GKE joins only slices of several; take a larger topology, or slices = 1."
         )
     settings.slice  # noqa: B018 raises if there is none
 
@@ -248,8 +248,8 @@ def _pod(settings: Settings) -> dict[str, Any]:
         "image": settings.image,
         "command": settings.command,
         "resources": {
-            "requests": {"google.com/tpu": tpu.chips_per_host},
-            "limits": {"google.com/tpu": tpu.chips_per_host},
+            "requests": {"google.com/tpu": str(tpu.chips_per_host)},
+            "limits": {"google.com/tpu": str(tpu.chips_per_host)},
         },
         # data workers hand batches over in shared memory, of which a container has only 64 MB by itself
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],

@@ -114,8 +114,8 @@ def _check_flat(accelerator: str, topology: str) -> None:
 def _check_cubes(accelerator: str, topology: str, sizes: list[int], pod_chips: int) -> None:
     if math.prod(sizes) > pod_chips:
         raise SettingsError(
-            f"topology = {topology!r} has {math.prod(sizes)} chips, but the largest {accelerator} slice has {pod_chips}; "
-            "take a smaller topology, and more slices if you need the chips."
+            f"topology = {topology!r} has {math.prod(sizes)} chips, but the largest {accelerator} slice has "
+            f"{pod_chips}; take a smaller topology, and more slices if you need the chips."
         )
     if topology in BELOW_A_CUBE:
         return

@@ -90,15 +90,13 @@ def make_packageable(executor: xm.Executor) -> xm.Packageable:
             f"--image must be given with --executor={_EXECUTOR.value}; `python launch/gke/jobset.py image` builds one"
         )
     # the image has no entry point, so its command is given whole
-    args = xm.SequentialArgs(["python", "-m", "muse_jax.train", *train_args()])
+    args = ["python", "-m", "muse_jax.train", *train_args()]
     return xm.container(executor.Spec(), image_path=_IMAGE.value, args=args)
 
 
 def _python(executor: xm.Executor, args: list[str]) -> xm.Packageable:
     """This very Python with arguments, finding this checkout whatever is installed."""
-    return xm.binary(
-        executor.Spec(), path=sys.executable, args=xm.SequentialArgs(args), env_vars={"PYTHONPATH": str(ROOT)}
-    )
+    return xm.binary(executor.Spec(), path=sys.executable, args=args, env_vars={"PYTHONPATH": str(ROOT)})
 
 
 def describe(executor: xm.Executor, packageable: xm.Packageable) -> str:
