@@ -67,21 +67,19 @@ def test_a_failed_training_fails_the_launch(launch, stand_in):
 DRIVER = """
 import importlib.util, io, contextlib, json, sys
 from absl import flags
+from absl.testing import flagsaver
 spec = importlib.util.spec_from_file_location("script", sys.argv[1])
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 results = []
 for case in json.load(sys.stdin):
-    flags.FLAGS.unparse_flags()
-    for name in flags.FLAGS.flags_by_module_dict()["script"]:
-        name.unparse()
-    flags.FLAGS(["script", *case, "--dry_run"])
     printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
+    with flagsaver.flagsaver(), contextlib.redirect_stdout(printed):
+        flags.FLAGS(["script", *case, "--dry_run"])
+        try:
             script.main(["script"])
-    except script.app.UsageError as error:
-        print(f"UsageError: {error}", file=printed)
+        except script.app.UsageError as error:
+            print(f"UsageError: {error}")
     results.append(printed.getvalue())
 print(json.dumps(results))
 """
