@@ -58,8 +58,11 @@ setuptools.setup(
         "tqdm>=4.67",
     ],
     extras_require={
+        "tpu": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
+        "launch": ["xmanager>=0.8.5"],  # launch/xmanager; the other launchers need nothing from PyPI
         "test": [
             "beartype>=0.22",
+            "kubernetes>=34.1",  # its models know the fields and types of manifests
             "pytest>=9.0",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",

@@ -1,0 +1,376 @@
+"""Runs a training on GKE: python launch/gke/jobset.py ACTION [--settings=FILE] [--dry-run].
+
+Actions, in the order of a first run:
+  image      build the image and push it
+  nodepools  create one node pool a slice
+  show       print the JobSet manifest
+  apply      give the manifest to the cluster: kubectl apply
+  xpk        the same run through xpk instead, in a cluster that `xpk cluster create` made
+  logs       follow the first host
+  delete     end the run; its checkpoints stay
+
+Everything is derived from one small settings file. With --dry-run the commands are printed and nothing is done.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from typing import Any
+
+import tpus
+import yaml
+from tpus import SettingsError
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CONTAINER = "train"
+# What train exits with after SIGTERM, its step saved (muse_jax/train.py).
+EXIT_PREEMPTED = 143
+FIRST_HOST = "batch.kubernetes.io/job-name={name}-slice-0,batch.kubernetes.io/job-completion-index=0"
+# Pod names must not be longer, and have the name of the JobSet in them.
+LONGEST_NAME = 63
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Where the run goes; only `nodepools` and `xpk` need it, since kubectl has its own context."""
+
+    project: str = ""
+    zone: str = ""
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings file; launch/gke/settings.toml says what each value is."""
+
+    name: str
+    accelerator: str
+    topology: str
+    config: str
+    bucket: str
+    image: str
+    slices: int = 1
+    capacity: str = "on-demand"
+    train_args: list[str] = dataclasses.field(default_factory=list)
+    max_restarts: int = 20
+    grace_seconds: int = 300
+    service_account: str = ""
+    queue: str = ""
+    host_network: bool = False
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+    cluster: Cluster = dataclasses.field(default_factory=Cluster)
+
+    @property
+    def workdir(self) -> str:
+        """The run's folder in the bucket."""
+        return f"{self.bucket.rstrip('/')}/{self.name}"
+
+    @property
+    def slice(self) -> tpus.Slice:
+        """One of the slices."""
+        return tpus.make_slice(self.accelerator, self.topology)
+
+    @property
+    def command(self) -> list[str]:
+        """What every host runs; the exec form, so that SIGTERM reaches the training itself."""
+        return [
+            "python",
+            "-m",
+            "muse_jax.train",
+            f"--config={self.config}",
+            f"--workdir={self.workdir}",
+            *self.train_args,
+        ]
+
+
+def load_settings(path: pathlib.Path) -> Settings:
+    """Reads a settings file.
+
+    Raises:
+      SettingsError: naming the file, the setting and the mend.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"there is no {path}; copy {HERE / 'settings.toml'} and fill it in.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{path} is not TOML: {error}.") from None
+    try:
+        cluster = _build(Cluster, values.pop("cluster", {}), "cluster.")
+        settings = _build(Settings, {**values, "cluster": cluster}, "")
+        check(settings)
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from None
+    return settings
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    """The dataclass of a table, with its keys and types checked."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            raise SettingsError(
+                f"{prefix}{key} is no setting; "
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(fields)}.")
+            )
+        expected = fields[key].type if isinstance(fields[key].type, type) else type(fields[key].default_factory())
+        if type(value) is not expected:
+            raise SettingsError(
+                f"{prefix}{key} = {value!r} is a {type(value).__name__}; expected a {expected.__name__}."
+            )
+    required = [
+        field.name for field in fields.values() if field.default is field.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise SettingsError(f"{', '.join(prefix + name for name in missing)} must be set.")
+    return cls(**values)
+
+
+def check(settings: Settings) -> None:
+    """Raises SettingsError if a value cannot work."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, str) and "YOUR_" in value:
+            raise SettingsError(f"{field.name} is still {value!r}; put your own value in its place.")
+    _check_name(settings)
+    if not settings.bucket.startswith("gs://"):
+        raise SettingsError(
+            f"bucket = {settings.bucket!r} must start with gs://: the disk of a pod is lost with it, and the run goes "
+            "on from its checkpoints."
+        )
+    for name, least in [("slices", 1), ("max_restarts", 0), ("grace_seconds", 1)]:
+        if getattr(settings, name) < least:
+            raise SettingsError(f"{name} = {getattr(settings, name)} must be at least {least}.")
+    if settings.capacity not in ("on-demand", "spot") and not re.fullmatch(r"reservation:[\w./-]+", settings.capacity):
+        raise SettingsError(f'capacity = {settings.capacity!r} must be "on-demand", "spot" or "reservation:NAME".')
+    for key, value in settings.env.items():
+        if type(value) is not str:
+            raise SettingsError(f"env.{key} = {value!r} is a {type(value).__name__}; write it in quotes.")
+    if any(type(argument) is not str for argument in settings.train_args):
+        raise SettingsError(f"train_args = {settings.train_args!r} must be a list of strings.")
+    if settings.slices > 1 and settings.slice.hosts == 1:
+        raise SettingsError(
+            f"slices = {settings.slices}, but a {settings.accelerator} slice of topology {settings.topology} is a "
+            "single host, and GKE joins only slices of several; take a larger topology, or slices = 1."
+        )
+    settings.slice  # noqa: B018 raises if there is none
+
+
+def _check_name(settings: Settings) -> None:
+    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", settings.name):
+        raise SettingsError(
+            f"name = {settings.name!r} must be lower-case letters, digits and hyphens, start with a letter and not end "
+            "with a hyphen."
+        )
+    # NAME-slice-SLICE-HOST-xxxxx
+    longest_pod = f"{settings.name}-slice-{settings.slices - 1}-{settings.slice.hosts - 1}-xxxxx"
+    if len(longest_pod) > LONGEST_NAME:
+        over = len(longest_pod) - LONGEST_NAME
+        raise SettingsError(f"name = {settings.name!r} makes pod names too long; shorten it by {over} characters.")
+
+
+def manifest(settings: Settings) -> dict[str, Any]:
+    """The JobSet: one Job a slice, one pod a host.
+
+    If any host fails, all of them start again, from the last checkpoint. A preemption, and a host that saved after
+    SIGTERM, fail their Job by its podFailurePolicy; the JobSet then restarts without counting it to max_restarts.
+    """
+    labels = {"kueue.x-k8s.io/queue-name": settings.queue} if settings.queue else {}
+    hosts = settings.slice.hosts
+    job = {
+        "parallelism": hosts,
+        "completions": hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,  # a host alone cannot go on: the JobSet restarts them all
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [EXIT_PREEMPTED]},
+                },
+            ]
+        },
+        "template": {"spec": _pod(settings)},
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": settings.name,
+            **({"labels": labels} if labels else {}),
+            # all pods of a slice on one node pool, and no two slices on the same
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            # the headless service through which jax.distributed finds the other hosts; GKE sets TPU_WORKER_HOSTNAMES
+            # from it, and MEGASCALE_* where there are several slices
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+            "failurePolicy": {
+                "maxRestarts": settings.max_restarts,
+                "rules": [
+                    {
+                        "name": "preempted",
+                        "action": "RestartJobSetAndIgnoreMaxRestarts",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                    }
+                ],
+            },
+            "replicatedJobs": [{"name": "slice", "replicas": settings.slices, "template": {"spec": job}}],
+        },
+    }
+
+
+def _pod(settings: Settings) -> dict[str, Any]:
+    tpu = settings.slice
+    selector = {
+        "cloud.google.com/gke-tpu-accelerator": tpu.generation.label,
+        "cloud.google.com/gke-tpu-topology": tpu.topology,
+    }
+    tolerations = [{"key": "google.com/tpu", "operator": "Exists", "effect": "NoSchedule"}]
+    if settings.capacity == "spot":
+        selector["cloud.google.com/gke-spot"] = "true"
+        tolerations.append({"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"})
+    elif settings.capacity.startswith("reservation:"):
+        selector["cloud.google.com/reservation-name"] = settings.capacity.removeprefix("reservation:")
+    container = {
+        "name": CONTAINER,
+        "image": settings.image,
+        "command": settings.command,
+        "resources": {
+            "requests": {"google.com/tpu": str(tpu.chips_per_host)},
+            "limits": {"google.com/tpu": str(tpu.chips_per_host)},
+        },
+        # data workers hand batches over in shared memory, of which a container has only 64 MB by itself
+        "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
+    }
+    if settings.env:
+        container["env"] = [{"name": name, "value": value} for name, value in settings.env.items()]
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": settings.grace_seconds,
+        "nodeSelector": selector,
+        "tolerations": tolerations,
+        "containers": [container],
+        "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}],
+    }
+    if settings.service_account:
+        pod["serviceAccountName"] = settings.service_account
+    if settings.host_network:
+        pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    return pod
+
+
+def manifest_text(settings: Settings) -> str:
+    """The manifest as YAML."""
+    return yaml.safe_dump(manifest(settings), sort_keys=False, width=120)
+
+
+def xpk_command(settings: Settings) -> list[str]:
+    """`xpk workload create` for the same run. xpk writes a JobSet of its own."""
+    _check_cluster(settings)
+    capacity = {"on-demand": ["--on-demand"], "spot": ["--spot"]}.get(
+        settings.capacity, [f"--reservation={settings.capacity.removeprefix('reservation:')}"]
+    )
+    words = ["xpk", "workload", "create"]
+    words += [f"--project={settings.cluster.project}", f"--zone={settings.cluster.zone}"]
+    words += [f"--cluster={settings.cluster.name}", f"--workload={settings.name}"]
+    # the topology and not the count: 256 chips of v4 can be 4x8x8 or 4x4x16
+    words += [f"--tpu-type={settings.slice.generation.xpk}-{settings.topology}", f"--num-slices={settings.slices}"]
+    words += [f"--docker-image={settings.image}", *capacity, f"--max-restarts={settings.max_restarts}"]
+    # xpk restarts only signals by itself; a host whose peer was lost ends with 1
+    words += ["--restart-on-exit-codes=1", f"--termination-grace-period-seconds={settings.grace_seconds}"]
+    words += [f"--env={name}={value}" for name, value in settings.env.items()]
+    return [*words, f"--command=exec {shlex.join(settings.command)}"]
+
+
+def nodepool_commands(settings: Settings) -> list[list[str]]:
+    """`gcloud container node-pools create` for each slice."""
+    _check_cluster(settings)
+    tpu, cluster = settings.slice, settings.cluster
+    capacity = {"on-demand": [], "spot": ["--spot"]}.get(
+        settings.capacity,
+        ["--reservation-affinity=specific", f"--reservation={settings.capacity.removeprefix('reservation:')}"],
+    )
+    location = cluster.zone.rsplit("-", 1)[0]
+    return [
+        ["gcloud", "container", "node-pools", "create", f"{settings.name}-{index}"]
+        + [f"--project={cluster.project}", f"--cluster={cluster.name}"]
+        + [f"--location={location}", f"--node-locations={cluster.zone}", f"--machine-type={tpu.machine}"]
+        + [f"--tpu-topology={tpu.topology}", f"--num-nodes={tpu.hosts}", "--scopes=cloud-platform", *capacity]
+        for index in range(settings.slices)
+    ]
+
+
+def _check_cluster(settings: Settings) -> None:
+    for name, value in dataclasses.asdict(settings.cluster).items():
+        if not value or "YOUR_" in value:
+            raise SettingsError(f"cluster.{name} = {value!r} must be set for this; it is the {name} of your cluster.")
+
+
+def image_commands(settings: Settings) -> list[list[str]]:
+    """docker build and push."""
+    dockerfile = HERE / "Dockerfile"
+    return [
+        ["docker", "build", "--platform=linux/amd64", f"--tag={settings.image}", f"--file={dockerfile}", str(ROOT)],
+        ["docker", "push", settings.image],
+    ]
+
+
+def _kubectl(*words: str) -> Callable[[Settings], list[list[str]]]:
+    return lambda settings: [["kubectl", *(word.format(name=settings.name) for word in words)]]
+
+
+ACTIONS: dict[str, Callable[[Settings], list[list[str]]]] = {
+    "image": image_commands,
+    "nodepools": nodepool_commands,
+    "show": lambda settings: [],
+    "apply": _kubectl("apply", "--filename=-"),
+    "xpk": lambda settings: [xpk_command(settings)],
+    "logs": _kubectl("logs", "--follow", f"--selector={FIRST_HOST}"),
+    "delete": _kubectl("delete", "jobset", "{name}"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Runs one action; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=ACTIONS)
+    parser.add_argument("--settings", type=pathlib.Path, default=HERE / "settings.toml", help="the settings file")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, and do nothing")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = load_settings(arguments.settings)
+        commands = ACTIONS[arguments.action](settings)
+    except SettingsError as error:
+        print(f"SettingsError: {error}", file=sys.stderr)
+        return 1
+    text = manifest_text(settings) if arguments.action in ("show", "apply") else None
+    if text and (arguments.dry_run or arguments.action == "show"):
+        print(text, end="")
+    for command in commands:
+        if arguments.dry_run:
+            print(f"# {shlex.join(command)}" if text else shlex.join(command))
+            continue
+        try:
+            code = subprocess.run(command, input=text, text=True, check=False).returncode
+        except FileNotFoundError:
+            print(f"{command[0]} is not installed here; launch/README.md says where it is from.", file=sys.stderr)
+            return 1
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

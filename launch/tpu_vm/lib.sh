@@ -1,0 +1,178 @@
+# shellcheck shell=bash
+# What the scripts of this folder share: flags, settings, and the few things asked of gcloud. Sourced, not run.
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd "$HERE/../.." && pwd)
+DRY_RUN=0
+WORKER_SCRIPT='bash ~/muse_jax/launch/tpu_vm/on_worker.sh'
+
+die() {
+  echo "$(basename "$0"): $*" >&2
+  exit 1
+}
+
+# Prints the comment at the top of the running script, which says what it does and its flags.
+usage() {
+  sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0"
+}
+
+# Takes --settings and --dry-run from the arguments, leaves the others in OTHER_FLAGS, and loads the settings.
+start_script() {
+  local settings=$HERE/settings.sh flag
+  OTHER_FLAGS=()
+  for flag in "$@"; do
+    case $flag in
+      --settings=*) settings=${flag#*=} ;;
+      --dry-run) DRY_RUN=1 ;;
+      --help | -h)
+        usage
+        exit 0
+        ;;
+      *) OTHER_FLAGS+=("$flag") ;;
+    esac
+  done
+  [ -f "$settings" ] || die "there is no settings file $settings; copy $HERE/settings.sh and name it with --settings=FILE"
+  # shellcheck source=settings.sh
+  source "$settings"
+  check_settings "$settings"
+}
+
+no_other_flags() {
+  [ "${#OTHER_FLAGS[@]}" -eq 0 ] || die "unknown flag ${OTHER_FLAGS[0]}; --help shows those there are"
+}
+
+# Fails before anything is paid for if a setting is missing or cannot work.
+check_settings() {
+  local name
+  for name in PROJECT ZONE NAME ACCELERATOR_TYPE SLICES CAPACITY CONFIG WORKDIR PYTHON_VERSION; do
+    [ -n "${!name:-}" ] || die "$1: $name is not set"
+    [[ ${!name} != *YOUR_* ]] || die "$1: $name is still ${!name}; put your own value in its place"
+  done
+  : "${RUNTIME_VERSION:=}" "${POLL_SECONDS:=60}" "${MAX_CRASHES:=5}"
+  TRAIN_ARGS=("${TRAIN_ARGS[@]+"${TRAIN_ARGS[@]}"}")
+  CREATE_ARGS=("${CREATE_ARGS[@]+"${CREATE_ARGS[@]}"}")
+  SSH_ARGS=("${SSH_ARGS[@]+"${SSH_ARGS[@]}"}")
+  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "$1: SLICES is '$SLICES'; it must be a whole number from 1"
+  [[ $MAX_CRASHES =~ ^[0-9]+$ ]] || die "$1: MAX_CRASHES is '$MAX_CRASHES'; it must be a whole number"
+  [[ $NAME =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
+    die "$1: NAME is '$NAME'; it must be at most 63 lower-case letters, digits and hyphens, and start with a letter"
+  case $CAPACITY in
+    on-demand | spot | reserved) ;;
+    *) die "$1: CAPACITY is '$CAPACITY'; it must be on-demand, spot or reserved" ;;
+  esac
+  [[ $WORKDIR == gs://* ]] ||
+    die "$1: WORKDIR is '$WORKDIR'; it must be in a bucket (gs://...), since the disks of a preempted slice are lost"
+  check_accelerator "$1"
+}
+
+# Sets RUNTIME_VERSION where it is empty, and fails on an accelerator that these scripts do not know.
+check_accelerator() {
+  local usual
+  case $ACCELERATOR_TYPE in
+    v4-*) usual=tpu-ubuntu2204-base ;;
+    v5litepod-*) usual=v2-alpha-tpuv5-lite ;;
+    v5p-*) usual=v2-alpha-tpuv5 ;;
+    v6e-*) usual=v2-alpha-tpuv6e ;;
+    *) die "$1: ACCELERATOR_TYPE is '$ACCELERATOR_TYPE'; it must be v4-N, v5litepod-N (v5e), v5p-N or v6e-N" ;;
+  esac
+  [[ ${ACCELERATOR_TYPE##*-} =~ ^[1-9][0-9]*$ ]] ||
+    die "$1: ACCELERATOR_TYPE is '$ACCELERATOR_TYPE'; after the last hyphen a number is expected, as in v4-512"
+  : "${RUNTIME_VERSION:=$usual}"
+}
+
+# Runs a command; with --dry-run only prints it, as it could be pasted into a shell.
+run() {
+  if [ "$DRY_RUN" = 1 ]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+tpus() {
+  run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"
+}
+
+# Runs a shell command on every worker of every slice, or with ONE_WORKER=1 on the first alone.
+on_workers() {
+  local which=all
+  [ "${ONE_WORKER:-0}" = 0 ] || which=0
+  # standard input is closed: ssh would otherwise eat what a loop around it reads
+  tpus queued-resources ssh "$NAME" --node="$which" --worker="$which" --command="$1" \
+    "${SSH_ARGS[@]+"${SSH_ARGS[@]}"}" </dev/null
+}
+
+copy_to_workers() {
+  tpus queued-resources scp "$1" "$NAME:$2" --node=all --worker=all "${SSH_ARGS[@]+"${SSH_ARGS[@]}"}"
+}
+
+create_slice() {
+  local nodes=(--node-id="$NAME") capacity=()
+  [ "$SLICES" -eq 1 ] || nodes=(--node-count="$SLICES" --node-prefix="$NAME")
+  [ "$CAPACITY" = on-demand ] || capacity=(--"$CAPACITY")
+  tpus queued-resources create "$NAME" "${nodes[@]}" --accelerator-type="$ACCELERATOR_TYPE" \
+    --runtime-version="$RUNTIME_VERSION" "${capacity[@]+"${capacity[@]}"}" "${CREATE_ARGS[@]+"${CREATE_ARGS[@]}"}"
+}
+
+# --force deletes the slice itself too; without it a queued resource that still has one is refused.
+delete_slice() {
+  tpus queued-resources delete "$NAME" --force "$@"
+}
+
+# Asks gcloud for one value; prints MISSING where there is no such thing, UNKNOWN where gcloud could not tell.
+ask() {
+  local errors answer
+  errors=$(mktemp)
+  if answer=$(gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" 2>"$errors"); then
+    echo "${answer:-UNKNOWN}"
+  elif grep -qi 'not_found\|not found\|was not found' "$errors"; then
+    echo MISSING
+  else
+    cat "$errors" >&2
+    echo UNKNOWN
+  fi
+  rm -f "$errors"
+}
+
+# The state of the queued resource; of an ACTIVE one, the first state of its slices that is not READY.
+slice_state() {
+  local state index node node_state
+  state=$(ask queued-resources describe "$NAME" --format='value(state.state)')
+  if [ "$state" = ACTIVE ]; then
+    for ((index = 0; index < SLICES; index++)); do
+      node=$NAME
+      [ "$SLICES" -eq 1 ] || node=$NAME-$index
+      node_state=$(ask tpu-vm describe "$node" --format='value(state)')
+      if [ "$node_state" != READY ]; then
+        state=$node_state
+        # A slice that is gone from under its queued resource was preempted and cleared away.
+        [ "$node_state" != MISSING ] || state=PREEMPTED
+        break
+      fi
+    done
+  fi
+  echo "$state"
+}
+
+# One chain of &&: a caller may have turned off `set -e`, and a half-done install must not go on.
+install_package() {
+  local folder=${TMPDIR:-/tmp}/muse_jax
+  [ "$DRY_RUN" = 1 ] || folder=$(mktemp -d "$folder.XXXXXX")
+  local archive=$folder/muse_jax.tar.gz status=0
+  if [ -n "$(git -C "$ROOT" status --porcelain)" ]; then
+    echo "note: $ROOT has changes that are not committed; the workers get the last commit" >&2
+  fi
+  run git -C "$ROOT" archive --format=tar.gz --output="$archive" HEAD &&
+    copy_to_workers "$archive" muse_jax.tar.gz &&
+    on_workers "rm -rf ~/muse_jax && mkdir ~/muse_jax && tar -xzf ~/muse_jax.tar.gz -C ~/muse_jax &&\
+ $WORKER_SCRIPT install $PYTHON_VERSION" || status=$?
+  [ "$DRY_RUN" = 1 ] || rm -rf "$folder"
+  return "$status"
+}
+
+start_training() {
+  local words
+  words=$(printf '%q ' --config="$CONFIG" --workdir="$WORKDIR" "${TRAIN_ARGS[@]+"${TRAIN_ARGS[@]}"}")
+  on_workers "$WORKER_SCRIPT start ${words% }"
+}

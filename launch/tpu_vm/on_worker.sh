@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Runs on a worker of the slice; the other scripts call it over ssh.
+#
+#   on_worker.sh install VERSION   a virtual environment of that Python with the package in ~/muse_jax
+#   on_worker.sh start FLAGS...    python -m muse_jax.train FLAGS..., in a session of its own: it outlives the connection
+#   on_worker.sh status            "training: running", "training: exited CODE", "training: lost" or "training: none"
+#   on_worker.sh stop              SIGTERM, and waits until the run has saved and ended; SIGKILL if it never does
+set -euo pipefail
+
+REPOSITORY=$HOME/muse_jax
+ENVIRONMENT=$HOME/muse_venv
+RUN=$HOME/muse_run # pid, exit_code, train.log
+STOP_SECONDS=${STOP_SECONDS:-600} # a run that has not saved and ended by then is stuck, and killed
+
+install() {
+  # The images of TPU VMs come with Python 3.10, which is too old; uv brings the one asked for.
+  if ! command -v uv >/dev/null; then
+    python3 -m pip install --quiet --user uv
+    export PATH="$HOME/.local/bin:$PATH"
+  fi
+  [ -x "$ENVIRONMENT/bin/python" ] || uv venv --quiet --python "$1" "$ENVIRONMENT"
+  uv pip install --quiet --python "$ENVIRONMENT/bin/python" --editable "${REPOSITORY}[tpu]"
+  echo "installed on $(hostname)"
+}
+
+# Whether the process of the pid file lives and is ours: after a reboot another may have its number.
+running() {
+  [ -f "$RUN/pid" ] && [ ! -f "$RUN/exit_code" ] &&
+    tr '\0' ' ' 2>/dev/null <"/proc/$(cat "$RUN/pid")/cmdline" | grep -q muse_jax.train
+}
+
+status() {
+  if [ ! -f "$RUN/pid" ]; then
+    echo "training: none"
+  elif [ -f "$RUN/exit_code" ]; then
+    echo "training: exited $(cat "$RUN/exit_code")"
+  elif running; then
+    echo "training: running"
+  else
+    echo "training: lost" # ended without a word: out of memory, or the machine was restarted
+  fi
+}
+
+start() {
+  if running; then
+    echo "training runs already on $(hostname), process $(cat "$RUN/pid"); stop it first: stop.sh" >&2
+    exit 1
+  fi
+  mkdir -p "$RUN"
+  rm -f "$RUN/pid" "$RUN/exit_code"
+  cd "$REPOSITORY" # where configs/ is
+  # shellcheck disable=SC2016
+  setsid nohup bash -c '
+    run=$1; shift
+    "$@" & echo $! >"$run/pid.new" && mv "$run/pid.new" "$run/pid"
+    wait $! && code=0 || code=$?
+    echo "$code" >"$run/exit_code.new" && mv "$run/exit_code.new" "$run/exit_code"
+  ' launcher "$RUN" "$ENVIRONMENT/bin/python" -m muse_jax.train "$@" >>"$RUN/train.log" 2>&1 </dev/null &
+  local tries
+  for ((tries = 0; tries < 100; tries++)); do
+    [ ! -f "$RUN/pid" ] || break
+    sleep 0.1
+  done
+  echo "started on $(hostname), process $(cat "$RUN/pid")"
+}
+
+stop() {
+  if ! running; then
+    status
+    return
+  fi
+  local deadline=$((SECONDS + STOP_SECONDS)) tries
+  kill -TERM "$(cat "$RUN/pid")"
+  while running; do
+    if [ "$SECONDS" -ge "$deadline" ]; then
+      echo "training on $(hostname) did not end within $STOP_SECONDS s of SIGTERM; killing it" >&2
+      kill -KILL "$(cat "$RUN/pid")"
+    fi
+    sleep 0.5
+  done
+  # the exit code is written a moment after the process is gone
+  for ((tries = 0; tries < 20; tries++)); do
+    [ ! -f "$RUN/exit_code" ] || break
+    sleep 0.1
+  done
+  status
+}
+
+case ${1:-} in
+  install | start | status | stop) "$@" ;;
+  *)
+    echo "on_worker.sh: '${1:-}' is none of install, start, status, stop" >&2
+    exit 1
+    ;;
+esac

@@ -1,0 +1,22 @@
+# shellcheck shell=bash disable=SC2034
+# What the scripts of this folder need to know. Copy it, fill it in, and name it: --settings=FILE.
+
+PROJECT=YOUR_PROJECT
+ZONE=us-central2-b
+
+NAME=muse-base-3b          # of the queued resource; its slice has the same name
+ACCELERATOR_TYPE=v4-512    # v4-N and v5p-N count cores (two a chip), v5litepod-N and v6e-N count chips
+SLICES=1                   # more than one are joined over the data-centre network
+CAPACITY=spot              # on-demand, spot, or reserved
+RUNTIME_VERSION=           # empty: the usual one of the accelerator
+
+CONFIG=configs/base_3b.py
+WORKDIR=gs://YOUR_BUCKET/runs/base_3b   # a run goes on from its checkpoints here, on whatever slice it wakes up
+TRAIN_ARGS=()              # more flags of muse_jax.train, such as (--config.train.steps=1000000)
+
+PYTHON_VERSION=3.12
+CREATE_ARGS=()             # more flags of `gcloud compute tpus queued-resources create`, such as (--network=mine)
+SSH_ARGS=()                # more flags of ssh and scp, such as (--tunnel-through-iap)
+
+POLL_SECONDS=60            # how often watch.sh looks
+MAX_CRASHES=5              # after so many crashes in a row watch.sh gives up; preemptions are not counted

@@ -1,0 +1,351 @@
+"""The settings, topologies, manifests and commands of launch/gke."""
+
+import copy
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import jobset
+import kubernetes_schema
+import pytest
+import tpus
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+GKE = ROOT / "launch" / "gke"
+SETTINGS = """
+name = "muse"
+accelerator = "v4"
+topology = "4x8x8"
+config = "configs/scenes/base.py"
+bucket = "gs://bucket/runs/"
+image = "registry/muse_jax:1"
+train_args = ["--config.train.steps=9", "--config.data.path=gs://a folder/it's"]
+[env]
+LIBTPU_INIT_ARGS = "--a=b --c"
+[cluster]
+project = "my-project"
+zone = "us-central2-b"
+name = "my-cluster"
+"""
+
+
+@pytest.fixture
+def settings_file(tmp_path):
+    """Writes a settings file with some lines changed: name="value" replaces the line of that name, or adds it."""
+
+    def write(**values) -> pathlib.Path:
+        text = SETTINGS
+        for name, value in values.items():
+            line = f"{name} = {value}"
+            text, found = re.subn(rf"^{name} = .*$", lambda _, line=line: line, text, count=1, flags=re.MULTILINE)
+            text = text if found else f"{line}\n{text}"
+        path = tmp_path / "settings.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def settings(settings_file):
+    return lambda **values: jobset.load_settings(settings_file(**values))
+
+
+def _job(manifest):
+    return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
+def _pod(manifest):
+    return _job(manifest)["template"]["spec"]
+
+
+# From the published tables of slice shapes.
+@pytest.mark.parametrize(
+    ("accelerator", "topology", "chips", "hosts", "per_host", "name", "machine"),
+    [
+        ("v4", "2x2x1", 4, 1, 4, "v4-8", "ct4p-hightpu-4t"),
+        ("v4", "2x2x4", 16, 4, 4, "v4-32", "ct4p-hightpu-4t"),
+        ("v4", "4x8x8", 256, 64, 4, "v4-512", "ct4p-hightpu-4t"),
+        ("v4", "16x16x16", 4096, 1024, 4, "v4-8192", "ct4p-hightpu-4t"),
+        ("v5p", "2x2x2", 8, 2, 4, "v5p-16", "ct5p-hightpu-4t"),
+        ("v5p", "16x20x28", 8960, 2240, 4, "v5p-17920", "ct5p-hightpu-4t"),
+        ("v5e", "1x1", 1, 1, 1, "v5litepod-1", "ct5lp-hightpu-1t"),
+        ("v5e", "4x4", 16, 4, 4, "v5litepod-16", "ct5lp-hightpu-4t"),
+        ("v6e", "2x2", 4, 1, 4, "v6e-4", "ct6e-standard-4t"),
+        ("v6e", "16x16", 256, 64, 4, "v6e-256", "ct6e-standard-4t"),
+    ],
+)
+def test_hosts_and_chips_follow_from_the_topology(accelerator, topology, chips, hosts, per_host, name, machine):
+    made = tpus.make_slice(accelerator, topology)
+    assert (made.chips, made.hosts, made.chips_per_host) == (chips, hosts, per_host)
+    assert (made.accelerator_type, made.machine) == (name, machine)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "topology", "said"),
+    [
+        ("v4-512", "4x8x8", "one of v4, v5p, v5e, v6e"),
+        ("v3", "4x4", "one of v4, v5p, v5e, v6e"),
+        ("v4", "16x16", "needs 3 numbers"),
+        ("v4", "4x8x0", "needs 3 numbers"),
+        ("v4", "4x8xx8", "needs 3 numbers"),
+        ("v4", "4x6x8", "multiples of 4"),
+        ("v4", "2x4x8", "multiples of 4"),
+        ("v4", "8x4x8", 'write topology = "4x8x8"'),
+        ("v4", "16x16x32", "the largest v4 slice has 4096"),
+        ("v5e", "4x4x4", "needs 2 numbers"),
+        ("v5e", "8x4", 'write topology = "4x8"'),
+        ("v6e", "16x32", "must be one of 1x1"),
+        ("v6e", "3x3", "must be one of 1x1"),
+    ],
+)
+def test_impossible_slices_are_refused_with_the_mend(accelerator, topology, said):
+    with pytest.raises(tpus.SettingsError) as caught:
+        tpus.make_slice(accelerator, topology)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"toplogy": '"4x4x4"'}, "toplogy is no setting; did you mean topology?"),
+        ({"slices": '"2"'}, "slices = '2' is a str; expected a int"),
+        ({"slices": "true"}, "slices = True is a bool"),
+        ({"slices": "0"}, "slices = 0 must be at least 1"),
+        ({"bucket": '"/data"'}, "must start with gs://"),
+        ({"bucket": '"gs://YOUR_BUCKET"'}, "bucket is still"),
+        ({"name": '"Muse"'}, "lower-case letters"),
+        ({"name": f'"{"m" * 60}"'}, "shorten it by"),
+        ({"capacity": '"cheap"'}, '"on-demand", "spot" or "reservation:NAME"'),
+        ({"train_args": "[1]"}, "a list of strings"),
+        ({"topology": '"2x2x1"', "slices": "2"}, "GKE joins only slices of several"),
+        ({"topology": '"4x8"'}, "needs 3 numbers"),
+        ({"LIBTPU_INIT_ARGS": "1"}, "write it in quotes"),
+    ],
+)
+def test_settings_that_cannot_work_name_the_file_and_the_mend(settings, values, said):
+    with pytest.raises(tpus.SettingsError) as caught:
+        settings(**values)
+    assert said in str(caught.value)
+    assert "settings.toml" in str(caught.value)
+
+
+def test_missing_settings_and_files_are_named(tmp_path):
+    with pytest.raises(tpus.SettingsError, match="copy"):
+        jobset.load_settings(tmp_path / "none.toml")
+    (tmp_path / "some.toml").write_text('name = "muse"')
+    with pytest.raises(tpus.SettingsError, match="accelerator, topology, config, bucket, image must be set"):
+        jobset.load_settings(tmp_path / "some.toml")
+    (tmp_path / "broken.toml").write_text("name = muse")
+    with pytest.raises(tpus.SettingsError, match="is not TOML"):
+        jobset.load_settings(tmp_path / "broken.toml")
+
+
+def test_the_manifest_is_one_pod_a_host_and_one_job_a_slice(settings):
+    manifest = jobset.manifest(settings(slices="3"))
+    job, pod = _job(manifest), _pod(manifest)
+    assert manifest["spec"]["replicatedJobs"][0]["replicas"] == 3
+    assert (job["parallelism"], job["completions"], job["completionMode"]) == (64, 64, "Indexed")
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v4-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x8x8",
+    }
+    [container] = pod["containers"]
+    assert container["resources"] == {"requests": {"google.com/tpu": "4"}, "limits": {"google.com/tpu": "4"}}
+    assert container["command"] == [
+        *["python", "-m", "muse_jax.train", "--config=configs/scenes/base.py", "--workdir=gs://bucket/runs/muse"],
+        *["--config.train.steps=9", "--config.data.path=gs://a folder/it's"],
+    ]
+    assert container["env"] == [{"name": "LIBTPU_INIT_ARGS", "value": "--a=b --c"}]
+
+
+def test_all_hosts_restart_together_and_preemptions_are_not_counted(settings):
+    manifest = jobset.manifest(settings(max_restarts="7"))
+    policy, job = manifest["spec"]["failurePolicy"], _job(manifest)
+    assert policy["maxRestarts"] == 7
+    assert job["backoffLimit"] == 0
+    assert _pod(manifest)["restartPolicy"] == "Never"  # which a podFailurePolicy needs
+    # The rule forgives a Job that failed by its podFailurePolicy: after a disruption or exit code 143.
+    assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert policy["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    disruption, saved = job["podFailurePolicy"]["rules"]
+    assert disruption["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert saved["onExitCodes"]["values"] == [143]
+    assert saved["onExitCodes"]["containerName"] == _pod(manifest)["containers"][0]["name"]
+
+
+def test_the_exit_code_that_is_forgiven_is_the_one_that_train_uses():
+    from muse_jax.training import signals
+
+    assert signals.Stopped(signal.SIGTERM, 1).exit_code == jobset.EXIT_PREEMPTED
+
+
+def test_hosts_find_each_other(settings):
+    manifest = jobset.manifest(settings())
+    assert manifest["spec"]["network"]["enableDNSHostnames"] is True
+    assert "alpha.jobset.sigs.k8s.io/exclusive-topology" in manifest["metadata"]["annotations"]
+
+
+def test_capacity_queue_account_and_network(settings):
+    pod = _pod(jobset.manifest(settings(capacity='"spot"')))
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert "cloud.google.com/gke-spot" in [toleration["key"] for toleration in pod["tolerations"]]
+    pod = _pod(jobset.manifest(settings(capacity='"reservation:mine"')))
+    assert pod["nodeSelector"]["cloud.google.com/reservation-name"] == "mine"
+    manifest = jobset.manifest(settings(queue='"tpus"', service_account='"writer"', host_network="true"))
+    assert manifest["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
+    assert _pod(manifest)["serviceAccountName"] == "writer"
+    assert _pod(manifest)["dnsPolicy"] == "ClusterFirstWithHostNet"  # or hosts would not be found by name
+
+
+VARIANTS = [
+    {},
+    {"slices": "2", "capacity": '"spot"', "host_network": "true"},
+    {"accelerator": '"v6e"', "topology": '"1x1"', "queue": '"q"', "service_account": '"a"'},
+    {"accelerator": '"v5e"', "topology": '"16x16"', "capacity": '"reservation:mine"'},
+]
+
+
+@pytest.mark.parametrize("values", VARIANTS)
+def test_manifests_fit_the_schema(settings, values):
+    pytest.importorskip("kubernetes", reason="the kubernetes package, of the test extra, is not installed")
+    kubernetes_schema.check_jobset(yaml.safe_load(jobset.manifest_text(settings(**values))))
+
+
+def _without(*path):
+    def change(manifest):
+        for step in path[:-1]:
+            manifest = manifest[step]
+        del manifest[path[-1]]
+
+    return change
+
+
+def _with(value, *path):
+    def change(manifest):
+        for step in path[:-1]:
+            manifest = manifest[step]
+        manifest[path[-1]] = value
+
+    return change
+
+
+JOB = ("spec", "replicatedJobs", 0, "template", "spec")
+POD = (*JOB, "template", "spec")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_without("spec", "replicatedJobs"), "replicatedJobs"),
+        (_without("spec", "replicatedJobs", 0, "name"), "name"),
+        (_without("spec", "failurePolicy", "rules", 0, "action"), "action"),
+        (_with("Restart", "spec", "failurePolicy", "rules", 0, "action"), "'Restart' is not allowed"),
+        (_with("v1", "apiVersion"), "is no JobSet"),
+        (_with(1, "spec", "max_restarts"), "max_restarts is unknown"),
+        (_with("64", *JOB, "parallelism"), "'64' is a str, not a int"),
+        (_without(*POD, "containers"), "containers"),
+        (_without(*POD, "containers", 0, "name"), "name"),
+        (_with({}, *POD, "nodeSelectors"), "nodeSelectors is unknown to V1PodSpec"),
+        (_with(True, *POD, "nodeSelector", "cloud.google.com/gke-spot"), "True is a bool, not a str"),
+        (_without(*JOB, "podFailurePolicy", "rules", 1, "onExitCodes", "operator"), "operator"),
+    ],
+)
+def test_the_schema_check_finds_what_is_wrong(settings, change, said):
+    pytest.importorskip("kubernetes", reason="the kubernetes package, of the test extra, is not installed")
+    manifest = copy.deepcopy(jobset.manifest(settings()))
+    change(manifest)
+    with pytest.raises(kubernetes_schema.Misfit, match=re.escape(said)):
+        kubernetes_schema.check_jobset(manifest)
+
+
+def test_the_same_run_through_xpk(settings):
+    words = jobset.xpk_command(settings(slices="2", capacity='"spot"'))
+    assert words[:3] == ["xpk", "workload", "create"]
+    assert {"--cluster=my-cluster", "--project=my-project", "--zone=us-central2-b", "--workload=muse"} <= set(words)
+    assert {"--tpu-type=v4-4x8x8", "--num-slices=2", "--spot", "--docker-image=registry/muse_jax:1"} <= set(words)
+    assert {"--max-restarts=20", "--restart-on-exit-codes=1", "--env=LIBTPU_INIT_ARGS=--a=b --c"} <= set(words)
+    # xpk gives the command to a shell: what arrives must be what the JobSet says
+    command = words[-1].removeprefix("--command=exec ")
+    said = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines() == _pod(jobset.manifest(settings()))["containers"][0]["command"]
+
+
+def test_one_node_pool_a_slice(settings):
+    first, second = jobset.nodepool_commands(settings(slices="2", capacity='"reservation:mine"'))
+    assert first[:5] == ["gcloud", "container", "node-pools", "create", "muse-0"]
+    assert second[4] == "muse-1"
+    assert {"--machine-type=ct4p-hightpu-4t", "--tpu-topology=4x8x8", "--num-nodes=64"} <= set(first)
+    assert {"--reservation-affinity=specific", "--reservation=mine", "--location=us-central2"} <= set(first)
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """Stand-ins of the programs that jobset.py runs; returns what they were called with, and given."""
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    for name in ("kubectl", "xpk", "gcloud", "docker"):
+        (binaries / name).write_text(f'#!/bin/bash\necho "{name} $*" >>{tmp_path}/calls\ncat >>{tmp_path}/given\n')
+        (binaries / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{binaries}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "stdin", subprocess.DEVNULL)
+
+    def read(name):
+        path = tmp_path / name
+        return path.read_text() if path.exists() else ""
+
+    return read
+
+
+def test_apply_gives_the_manifest_to_kubectl(tool, settings_file):
+    path = settings_file()
+    assert jobset.main(["apply", f"--settings={path}"]) == 0
+    assert tool("calls") == "kubectl apply --filename=-\n"
+    assert yaml.safe_load(tool("given")) == jobset.manifest(jobset.load_settings(path))
+
+
+def test_a_failed_command_ends_with_its_code(tool, settings_file, tmp_path):
+    (tmp_path / "bin" / "docker").write_text("#!/bin/bash\nexit 7\n")
+    assert jobset.main(["image", f"--settings={settings_file()}"]) == 7
+
+
+@pytest.mark.parametrize("action", list(jobset.ACTIONS))
+def test_dry_run_prints_and_does_nothing(tool, settings_file, capsys, action):
+    assert jobset.main([action, f"--settings={settings_file()}", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert tool("calls") == ""
+    program = {"image": "docker", "nodepools": "gcloud", "xpk": "xpk"}.get(action, "kubectl")
+    assert action == "show" or f"{program} " in printed
+    if action in ("show", "apply"):
+        assert yaml.safe_load(printed)["kind"] == "JobSet"  # the command below it is a comment
+
+
+def test_the_generator_runs_as_a_command(settings_file):
+    command = [sys.executable, GKE / "jobset.py", "show", f"--settings={settings_file(slices='0')}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "slices = 0 must be at least 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_settings_file_of_the_repository_needs_only_to_be_filled_in(tmp_path):
+    with pytest.raises(tpus.SettingsError, match="put your own value in its place"):
+        jobset.load_settings(GKE / "settings.toml")
+    filled = (GKE / "settings.toml").read_text().replace("YOUR_", "my-").lower()
+    (tmp_path / "settings.toml").write_text(filled)
+    assert jobset.load_settings(tmp_path / "settings.toml").slice.hosts == 64
+
+
+def test_the_image_has_what_the_command_needs():
+    dockerfile = (GKE / "Dockerfile").read_text()
+    copied = re.findall(r"^COPY (.+) \S+$", dockerfile, flags=re.MULTILINE)
+    assert copied[-1] == "."
+    for name in " ".join(copied).split():
+        assert (ROOT / name).exists(), name
+    ignored = (GKE / "Dockerfile.dockerignore").read_text().split()
+    assert {".git", "runs"} <= set(ignored)
+    assert not {"configs", "muse_jax"} & set(ignored)
