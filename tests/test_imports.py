@@ -22,6 +22,7 @@ ARROWS = {
     "training": ("training", "specs"),
     "sampling": ("sampling", "specs"),
     # It alone puts prompts, models and decode loops together.
+    "sampling.editing": ("sampling", "data.transforms"),
     "sampling.pipeline": ("sampling", "specs", "models", "text", "training.checkpoint"),
     "data": ("data", "text", "specs"),
     "text": ("text", "specs"),

@@ -38,6 +38,8 @@ class MuseOutput:
     decode: Callable[[str, np.ndarray], np.ndarray] = dataclasses.field(repr=False)  # (stage, tokens) -> uint8 images
     best: str = "tokenizer_high"  # the stage whose decoder makes `images`
     steps: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = dataclasses.field(default=None, repr=False)
+    # {stage: (uint8 [n, h, w, 3], bool [n, h, w])}: pictures whose pixels stay but where the mask is True
+    originals: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = dataclasses.field(default=None, repr=False)
 
     @functools.cached_property
     def images(self) -> Any:
@@ -73,6 +75,9 @@ class MuseOutput:
         if self.output_type == "latent":
             return tokens
         images = self.decode(stage, tokens)
+        if self.originals is not None:
+            original, repainted = self.originals[stage]
+            images = np.where(repainted[..., None], images, original)
         if self.output_type == "pil":
             return [Image.fromarray(image) for image in images]
         return images.astype(np.float32) / 255 if self.output_type == "np" else images

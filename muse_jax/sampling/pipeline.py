@@ -19,8 +19,8 @@ from safetensors import numpy as safetensors
 
 from muse_jax import specs
 from muse_jax.models import muse, vqgan
+from muse_jax.sampling import editing, guidance, sampler
 from muse_jax.sampling import folder as pipeline_folder
-from muse_jax.sampling import guidance, sampler
 from muse_jax.sampling.folder import PipelineError
 from muse_jax.sampling.output import OUTPUT_TYPES, MuseOutput
 from muse_jax.sampling.requests import Requests, Some, make_requests
@@ -32,7 +32,7 @@ PER_PICTURE = ("guidance_scale", "token_temperature", "choice_temperature", "top
 PER_CALL = ("num_inference_steps", "schedule", "guidance_ramp", "top_k")
 
 
-class MusePipeline:
+class MusePipeline(editing.Editing):
     """Every stage from prompt to picture, and the sampler settings they are meant to be used with.
 
     Calls may come from several threads. What has been compiled for a batch shape and a number of
@@ -146,14 +146,29 @@ class MusePipeline:
         Raises:
           ValueError, TypeError: naming the argument, before anything is compiled.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(map(repr, OUTPUT_TYPES))}.")
         requests = make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
+        return self._call(requests, given, output_type, history)
+
+    def _call(
+        self,
+        requests: Requests,
+        given: Mapping[str, Any],
+        output_type: str,
+        history: bool,
+        loops: Mapping[str, editing.Loop] | None = None,
+    ) -> MuseOutput:
+        """Both decode loops, of empty canvases or of what `loops` holds for each stage."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(map(repr, OUTPUT_TYPES))}.")
         resolved = self._settings(given, requests)
         self._warn(requests, resolved)
+        if loops is None:
+            grids = {name: np.prod(self.stages[name].spec.model.grid) for name in TOKEN_STAGES}
+            starts = {n: np.full((len(requests), grids[n]), self.mask_ids[n], np.int32) for n in TOKEN_STAGES}
+            loops = {name: editing.Loop(start) for name, start in starts.items()}
         pieces = [
-            self._make(requests, resolved, slice(start, start + self.max_batch_size), history)
+            self._make(requests, resolved, loops, slice(start, start + self.max_batch_size), history)
             for start in range(0, len(requests), self.max_batch_size)
         ]
         low, high = (np.concatenate([piece[name][0] for piece in pieces]) for name in TOKEN_STAGES)
@@ -186,6 +201,53 @@ class MusePipeline:
             padded = _padded(piece, self._bucket(len(piece)))
             images.append(_run(_decode, self._params[stage], padded, spec=self.stages[stage].spec.model)[: len(piece)])
         return np.concatenate(images)
+
+    def encode(self, stage: str, images: np.ndarray) -> np.ndarray:
+        """Token ids of pictures.
+
+        Args:
+          stage: "tokenizer_low" or "tokenizer_high".
+          images: [n, height, width, 3], 0 to 255; sides are multiples of the tokenizer's factor.
+
+        Returns:
+          int32 [n, rows, columns].
+        """
+        tokens = []
+        for start in range(0, len(images), self.max_batch_size):
+            piece = images[start : start + self.max_batch_size]
+            padded = _padded(piece, self._bucket(len(piece)))
+            tokens.append(_run(_encode, self._params[stage], padded, spec=self.stages[stage].spec.model)[: len(piece)])
+        return np.concatenate(tokens)
+
+    @property
+    def mask_ids(self) -> dict[str, int]:
+        """{stage: what a masked token is}."""
+        return {name: self.stages[name].spec.model.codebook_size for name in TOKEN_STAGES}
+
+    @property
+    def low_grid(self) -> tuple[int, int]:
+        """Rows and columns of low-resolution tokens."""
+        return tuple(self.stages["base"].spec.model.grid)
+
+    @property
+    def high_grid(self) -> tuple[int, int]:
+        """Rows and columns of high-resolution tokens."""
+        return tuple(self.stages["superres"].spec.model.grid)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures in pixels."""
+        return self.high_grid[0] * self.stages["tokenizer_high"].spec.model.factor
+
+    @property
+    def low_image_size(self) -> int:
+        """Side of the low-resolution pictures in pixels."""
+        return self.low_grid[0] * self.stages["tokenizer_low"].spec.model.factor
+
+    @property
+    def cell(self) -> int:
+        """Pixels of a picture that one low-resolution token stands for, along a side."""
+        return self.image_size // self.low_grid[0]
 
     def _settings(self, given: Mapping[str, Any], requests: Requests) -> dict[str, dict[str, Any]]:
         """{stage: {setting: value}}: what was given, else the stage's own; numbers one a picture."""
@@ -229,7 +291,12 @@ class MusePipeline:
             warnings.warn("negative_prompt has no effect at guidance_scale=1; use a larger one.", stacklevel=3)
 
     def _make(
-        self, requests: Requests, resolved: Mapping[str, Mapping[str, Any]], piece: slice, history: bool
+        self,
+        requests: Requests,
+        resolved: Mapping[str, Mapping[str, Any]],
+        loops: Mapping[str, editing.Loop],
+        piece: slice,
+        history: bool,
     ) -> dict[str, Any]:
         """One batch: {stage: (tokens [n, rows, columns], steps or None)}."""
         count = len(requests.prompts[piece])
@@ -245,16 +312,20 @@ class MusePipeline:
             length = self.stages[name].spec.data.text_length
             encoded = [self._vocabularies[name].encode_batch(text, length) for text in texts]
             ids, mask = (np.concatenate([_padded(text[i], bucket) for text in encoded]) for i in range(2))
+            loop = loops[name]
+            known = loop.start != model.codebook_size if loop.known is None else loop.known
             low, steps = _run(
                 _fill,
                 self._params[name],
                 ids,
                 mask,
                 low,
-                np.full((bucket, model.grid[0] * model.grid[1]), model.codebook_size, np.int32),
+                _padded(loop.start[piece], bucket),
+                _padded(known[piece], bucket),
                 seeds,
-                self._plan(name, own),
+                loop.plan(self._plan(name, own)),
                 spec=model,
+                rule=loop.rule,
                 stream=stream,
                 guided=guided,
                 history=history,
@@ -288,9 +359,22 @@ def _run(function: Any, *args: Any, **static: Any) -> Any:
     return result
 
 
-@partial(jax.jit, static_argnames=("spec", "stream", "guided", "history"))
+@partial(jax.jit, static_argnames=("spec", "rule", "stream", "guided", "history"))
 def _fill(
-    params, text_ids, text_mask, low_tokens, tokens, seeds, plan, *, spec, stream: int, guided: bool, history: bool
+    params,
+    text_ids,
+    text_mask,
+    low_tokens,
+    tokens,
+    known,
+    seeds,
+    plan,
+    *,
+    spec,
+    rule: sampler.Select,
+    stream: int,
+    guided: bool,
+    history: bool,
 ):
     """Fills in the masked ones of a stage's tokens. With guidance the texts are [prompts; negative prompts]."""
     apply = partial(muse.TokenTransformer(spec).apply, {"params": params})
@@ -301,7 +385,12 @@ def _fill(
     guide = guidance.guided if guided else guidance.unguided
     predict = guide(lambda tokens: apply(tokens, memory, method="logits"))
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stream))(seeds)
-    return sampler.decode(predict, tokens, plan, keys, spec.codebook_size, history=history)
+    return sampler.decode(predict, tokens, plan, keys, spec.codebook_size, known=known, select=rule, history=history)
+
+
+@partial(jax.jit, static_argnames="spec")
+def _encode(params, images, *, spec):
+    return vqgan.VQGAN(spec).apply({"params": params}, vqgan.to_unit(images), method="tokens")
 
 
 @partial(jax.jit, static_argnames="spec")

@@ -226,7 +226,7 @@ def decode(
         open_ = ~known if revisable else masked
         keys_now = jax.vmap(jax.random.fold_in, (0, None))(keys, row.index)
         per_example = jax.tree.map(lambda x: jnp.broadcast_to(x, masked.shape[:1]), row)
-        predicted, again = one(keys_now, predict(tokens, row), tokens, open_, per_example)
+        predicted, again = one(keys_now, predict(tokens, row), tokens, open_, known, per_example)
         masked = again & ~known
         tokens = jnp.where(masked, blank, predicted)
         return (tokens, masked), History(tokens, predicted, masked) if history else None
@@ -248,10 +248,10 @@ def _rows(plan: Plan, still_masked: Int[Array, "steps b"]) -> Step:
     )
 
 
-def _propose(key, logits, tokens, open_, step: Step, *, plan: Plan, select: Select):
+def _propose(key, logits, tokens, open_, known, step: Step, *, plan: Plan, select: Select):
     """One example's step: a token for every open place, and which places are masked again."""
     key_token, key_choice = jax.random.split(key)
     top_p = step.top_p if plan.nucleus else None
     token, log_prob = draw(key_token, logits, step.token_temperature, top_k=plan.top_k, top_p=top_p)
     predicted = jnp.where(open_, token, tokens)
-    return predicted, select(key_choice, selection.Drawn(predicted, log_prob, open_), step)
+    return predicted, select(key_choice, selection.Drawn(predicted, log_prob, open_, known), step)

@@ -18,6 +18,7 @@ class Drawn(NamedTuple):
     tokens: Int[Array, " n"]  # every place filled
     log_prob: Float[Array, " n"]  # of the drawn token under the (guided) logits, without temperature or filters
     fresh: Bool[Array, " n"]  # drawn in this step; the other places were settled before it
+    known: Bool[Array, " n"]  # never to change, whatever the rule says
 
 
 def lowest(values: Float[Array, " n"], count: Int[Array, ""]) -> Bool[Array, " n"]:
@@ -41,3 +42,9 @@ def most_confident(key: jax.Array, drawn: Drawn, step: Any) -> Bool[Array, " n"]
     """
     noise = step.choice_temperature * jax.random.gumbel(key, drawn.log_prob.shape)
     return lowest(jnp.where(drawn.fresh, drawn.log_prob + noise, jnp.inf), step.still_masked)
+
+
+def anywhere(key: jax.Array, drawn: Drawn, step: Any) -> Bool[Array, " n"]:
+    """Masks places at random, settled or not, among those that may change (Muse section 3.3.2)."""
+    chance = jax.random.uniform(key, drawn.log_prob.shape)
+    return lowest(jnp.where(drawn.known, jnp.inf, chance), step.still_masked)

@@ -30,7 +30,7 @@ def test_lowest_stands_infinities():
 
 
 def pick(key, log_prob, fresh, still_masked, temperature):
-    drawn = selection.Drawn(jnp.zeros(log_prob.shape, jnp.int32), log_prob, fresh)
+    drawn = selection.Drawn(jnp.zeros(log_prob.shape, jnp.int32), log_prob, fresh, jnp.zeros(log_prob.shape, bool))
     step = SimpleNamespace(still_masked=jnp.int32(still_masked), choice_temperature=temperature)
     return selection.most_confident(key, drawn, step)
 

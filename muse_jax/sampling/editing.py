@@ -1,0 +1,416 @@
+"""Editing a given picture: inpainting, outpainting and mask-free editing (Muse, section 3.3).
+
+All of it is the decode loop that makes pictures from nothing, with tokens that are known already,
+or with another rule for what is drawn again.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from PIL import Image
+
+from muse_jax.sampling import sampler, selection
+from muse_jax.sampling.output import MuseOutput
+from muse_jax.sampling.requests import Requests, Some, make_requests
+
+# Muse, section 3.3.2: 100 times a random 8%, guidance 4 (here 5, see `guidance`), the 3 likeliest codes.
+ITERATIONS, SHARE = 100, 0.08
+EDIT = {"guidance_scale": 5.0, "guidance_ramp": "constant", "top_k": 3, "num_inference_steps": ITERATIONS}
+SIDES = ("left", "top", "right", "bottom")
+
+
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """Pictures and what is to be painted in them.
+
+    Attributes:
+      images: at the high resolution.
+      repaint: pixels that may change.
+    """
+
+    images: UInt8[np.ndarray, "n h w 3"]
+    repaint: Bool[np.ndarray, "n h w"]
+
+    def repeated(self, times: int) -> "Canvas":
+        """One canvas a picture, from one a prompt."""
+        return Canvas(np.repeat(self.images, times, axis=0), np.repeat(self.repaint, times, axis=0))
+
+
+@dataclasses.dataclass
+class Tokens:
+    """The tokens of canvases at both resolutions, and which places are open; changed in place window by window."""
+
+    low: Int[np.ndarray, "n r c"]
+    high: Int[np.ndarray, "n r2 c2"]
+    low_open: Bool[np.ndarray, "n r c"]
+    high_open: Bool[np.ndarray, "n r2 c2"]
+
+
+class Editing:
+    """What `MusePipeline` does with pictures that are given.
+
+    An `image` is a PIL picture, an array [h, w, 3] of uint8, or a path; of any size and mode. Its
+    shorter side is resized to what the pipeline makes, the longer one cropped about the centre.
+    Images and masks are one for all prompts, or one a prompt. The other arguments are those of a call.
+    """
+
+    def inpaint(
+        self,
+        prompt: Some,
+        image: Any,
+        mask_image: Any,
+        negative_prompt: Some = None,
+        guidance_scale: Some = None,
+        num_inference_steps: Any = None,
+        num_images_per_prompt: Any = 1,
+        seed: Some = 0,
+        output_type: str = "pil",
+        *,
+        blend: bool = True,
+        history: bool = False,
+        **settings: Any,
+    ) -> MuseOutput:
+        """Paints the masked part of a picture anew, at both resolutions (section 3.3.1).
+
+        Args:
+          image: see `Editing`.
+          mask_image: white is repainted: a picture or array [h, w] of the image's size, a path, or a
+            box (left, top, right, bottom) in the image's pixels.
+          blend: put the original's pixels back wherever no token was open. Without it they are the
+            decoder's, which changes what it was given a little.
+
+        Raises:
+          ValueError, TypeError: naming the argument, before anything is compiled.
+        """
+        given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
+        requests = make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
+        size = self.image_size
+        images, boxes = _open_images(image, requests), _listed(mask_image, requests, "mask_image")
+        masks = [_mask(box, picture) for box, picture in zip(boxes, images, strict=True)]
+        canvas = Canvas(
+            np.stack([_square(picture, size) for picture in images]),
+            np.stack([_square(mask, size)[..., 0] > 127 for mask in masks]),
+        )
+        if not canvas.repaint.any(axis=(1, 2)).all():
+            raise ValueError("mask_image repaints nothing: it has no white part within the square that is kept.")
+        return self._paint(requests, canvas.repeated(requests.images_per_prompt), given, output_type, blend, history)
+
+    def outpaint(
+        self,
+        prompt: Some,
+        image: Any,
+        left: int = 0,
+        top: int = 0,
+        right: int = 0,
+        bottom: int = 0,
+        negative_prompt: Some = None,
+        guidance_scale: Some = None,
+        num_inference_steps: Any = None,
+        num_images_per_prompt: Any = 1,
+        seed: Some = 0,
+        output_type: str = "pil",
+        *,
+        blend: bool = True,
+        **settings: Any,
+    ) -> MuseOutput:
+        """Extends a picture beyond its sides, by any amount (section 3.3.1).
+
+        What goes beyond the size that the models were trained at is painted by a window of that
+        size that moves outward, half of it over what is there already.
+
+        Args:
+          image: see `Editing`; here the longer side is kept, as far as it is whole cells.
+          left, top, right, bottom: pixels to add, multiples of `cell` (a low-resolution token's side).
+        """
+        given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
+        requests = make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
+        amounts = dict(zip(SIDES, (left, top, right, bottom), strict=True))
+        for side, amount in amounts.items():
+            if isinstance(amount, bool) or not isinstance(amount, int | np.integer) or amount < 0:
+                raise ValueError(f"{side} is {amount!r}; expected a number of pixels of at least 0.")
+            if amount % self.cell:
+                near = max(1, round(amount / self.cell)) * self.cell
+                raise ValueError(f"{side} is {amount}; expected a multiple of {self.cell} pixels, such as {near}.")
+        if not any(amounts.values()):
+            raise ValueError("left, top, right and bottom are all 0; give at least one of them.")
+        pictures = [_whole_cells(picture, self.image_size, self.cell) for picture in _open_images(image, requests)]
+        if len({picture.shape for picture in pictures}) > 1:
+            raise ValueError("the images have different shapes after resizing; outpaint them one by one.")
+        around = ((0, 0), (top, bottom), (left, right))
+        canvas = Canvas(
+            np.pad(np.stack(pictures), (*around, (0, 0)), mode="edge"),
+            np.pad(np.zeros((len(pictures), *pictures[0].shape[:2]), bool), around, constant_values=True),
+        )
+        return self._paint(requests, canvas.repeated(requests.images_per_prompt), given, output_type, blend, False)
+
+    def edit(
+        self,
+        prompt: Some,
+        image: Any,
+        mask_image: Any = None,
+        negative_prompt: Some = None,
+        guidance_scale: Some = None,
+        num_inference_steps: Any = None,
+        num_images_per_prompt: Any = 1,
+        seed: Some = 0,
+        output_type: str = "pil",
+        *,
+        share: float = SHARE,
+        history: bool = False,
+        **settings: Any,
+    ) -> MuseOutput:
+        """Moves a whole picture towards a prompt, without a mask (section 3.3.2).
+
+        From the picture's low-resolution tokens on, `num_inference_steps` times (default: 100), a
+        random share of them is masked and drawn again given the prompt, each time only once, so that
+        what fits the prompt stays. Then super-resolution paints the high-resolution tokens. With
+        `history`, `MuseOutput.decoding` has every iteration: you may prefer an early one.
+
+        Args:
+          image: see `Editing`.
+          mask_image: if given, tokens outside the white part stay.
+          share: of the tokens masked at each iteration, in (0, 1].
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}; expected more than 0 and at most 1.")
+        given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
+        given = EDIT | {name: value for name, value in given.items() if value is not None}
+        requests = make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
+        images = _open_images(image, requests)
+        masks = [
+            Image.new("L", picture.size, 255) if box is None else _mask(box, picture)
+            for box, picture in zip(_listed(mask_image, requests, "mask_image"), images, strict=True)
+        ]
+        canvas = Canvas(
+            np.stack([_square(picture, self.image_size) for picture in images]),
+            np.stack([_square(mask, self.image_size)[..., 0] > 127 for mask in masks]),
+        ).repeated(requests.images_per_prompt)
+        tokens = self._tokens(canvas)
+        start = tokens.low.reshape(len(requests), -1).copy()
+        editable = tokens.low_open.reshape(start.shape)
+        for row, places, number in zip(start, editable, requests.seeds, strict=True):
+            open_places = np.flatnonzero(places)
+            chosen = np.random.default_rng(number).permutation(open_places)[: int(np.ceil(share * len(open_places)))]
+            row[chosen] = self.mask_ids["base"]
+        loops = {
+            "base": Loop(start, known=~editable, rule=selection.anywhere, keep_count=True),
+            "superres": Loop(_masked(tokens.high, tokens.high_open, self.mask_ids["superres"])),
+        }
+        return self._call(requests, given, output_type, history, loops)
+
+    # ----------------------------------------------------------------------------------- parts
+
+    def _paint(
+        self, requests: Requests, canvas: Canvas, given: Mapping, output_type: str, blend: bool, history: bool
+    ) -> MuseOutput:
+        """Fills what is open in the canvases' tokens, window by window where they are larger than the models."""
+        tokens = self._tokens(canvas)
+        originals = self._originals(canvas, tokens) if blend else None
+        output: Any = None
+        for number, (row, column) in enumerate(self._windows(tokens)):
+            low, high = (self._window(grid, row, column) for grid in ("low", "high"))
+            loops = {
+                "base": Loop(_masked(tokens.low[low], tokens.low_open[low], self.mask_ids["base"])),
+                "superres": Loop(_masked(tokens.high[high], tokens.high_open[high], self.mask_ids["superres"])),
+            }
+            here = dataclasses.replace(requests, seeds=tuple(_another(seed, number) for seed in requests.seeds))
+            output = self._call(here, given, output_type, history, loops)
+            tokens.low[low], tokens.high[high] = output.low_tokens, output.tokens
+            tokens.low_open[low] = tokens.high_open[high] = False
+        return dataclasses.replace(
+            output, seeds=requests.seeds, tokens=tokens.high, low_tokens=tokens.low, originals=originals
+        )
+
+    def _tokens(self, canvas: Canvas) -> Tokens:
+        low = self.encode("tokenizer_low", decimated(canvas.images, self.image_size // self.low_image_size))
+        high = self.encode("tokenizer_high", canvas.images)
+        return Tokens(low, high, touched(canvas.repaint, low.shape[1:]), touched(canvas.repaint, high.shape[1:]))
+
+    def _originals(self, canvas: Canvas, tokens: Tokens) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """{stage that decodes: (pictures, which pixels are repainted)}; pixels follow the tokens that were open."""
+        high = canvas.images, _stretched(tokens.high_open, canvas.images.shape[1:3])
+        small = decimated(canvas.images, self.image_size // self.low_image_size)
+        small = np.clip(np.round(small), 0, 255).astype(np.uint8)
+        low = small, _stretched(tokens.low_open, small.shape[1:3])
+        return {"tokenizer_low": low, "tokenizer_high": high, "decoder": high}
+
+    def _windows(self, tokens: Tokens) -> Iterator[tuple[int, int]]:
+        """Top left corners, in low-resolution tokens, of windows that move outward from what is known."""
+        side = self.low_grid
+        height, width = tokens.low.shape[1:]
+        if (height, width) == side:
+            yield 0, 0
+            return
+        known = ~tokens.low_open.any(axis=0)
+        rows, columns = (np.flatnonzero(known.any(axis=axis)).tolist() for axis in (1, 0))
+        for row in _sweep(rows[0], rows[-1] + 1, side[0]):
+            for column in _outward(columns[0], columns[-1] + 1, width, side[1]):
+                yield row, column
+        for row in _outward(rows[0], rows[-1] + 1, height, side[0]):
+            for column in _sweep(0, width, side[1]):
+                yield row, column
+
+    def _window(self, grid: str, row: int, column: int) -> tuple[slice, slice, slice]:
+        low, high = self.low_grid, self.high_grid
+        scale = (1, 1) if grid == "low" else (high[0] // low[0], high[1] // low[1])
+        sides = low if grid == "low" else high
+        starts = (row * scale[0], column * scale[1])
+        return (slice(None), *(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What a decode loop starts from.
+
+    Attributes:
+      start: tokens [n, places], the mask id where there is something to fill in.
+      known: places that never change; None: those that aren't masked.
+      rule: the selection rule.
+      keep_count: as many places are masked after each step as at the start, none after the last one.
+    """
+
+    start: Int[np.ndarray, "n places"]
+    known: Bool[np.ndarray, "n places"] | None = None
+    rule: sampler.Select = selection.most_confident
+    keep_count: bool = False
+
+    def plan(self, plan: sampler.Plan) -> sampler.Plan:
+        """The plan as this loop wants it."""
+        if not self.keep_count:
+            return plan
+        kept = np.broadcast_to(np.arange(plan.still_masked.shape[1], dtype=np.int32), plan.still_masked.shape).copy()
+        kept[-1] = 0
+        return dataclasses.replace(plan, still_masked=kept)
+
+
+def decimated(images: np.ndarray, factor: int) -> np.ndarray:
+    """The mean of each square of `factor` x `factor` pixels: [n, h, w, 3] to float32 [n, h / factor, w / factor, 3]."""
+    n, height, width, channels = images.shape
+    squares = images.astype(np.float32).reshape(n, height // factor, factor, width // factor, factor, channels)
+    return squares.mean(axis=(2, 4))
+
+
+def touched(repaint: Bool[np.ndarray, "n h w"], grid: Sequence[int]) -> Bool[np.ndarray, "n r c"]:
+    """The tokens in whose squares there is a pixel to repaint.
+
+    >>> touched(np.eye(4, dtype=bool)[None], (2, 2)).astype(int).tolist()
+    [[[1, 0], [0, 1]]]
+    """
+    n, height, width = repaint.shape
+    rows, columns = grid
+    return repaint.reshape(n, rows, height // rows, columns, width // columns).any(axis=(2, 4))
+
+
+def _stretched(places: np.ndarray, sides: Sequence[int]) -> np.ndarray:
+    rows, columns = (side // count for side, count in zip(sides, places.shape[1:], strict=True))
+    return places.repeat(rows, axis=1).repeat(columns, axis=2)
+
+
+def _masked(tokens: np.ndarray, open_: np.ndarray, mask_id: int) -> np.ndarray:
+    return np.where(open_, mask_id, tokens).reshape(len(tokens), -1).astype(np.int32)
+
+
+def _another(seed: int, number: int) -> int:
+    """A seed for each window; the first one's is the call's own."""
+    return (seed + number * 0x9E3779B9) % 2**32
+
+
+def _sweep(start: int, stop: int, side: int) -> list[int]:
+    """Windows from start to stop, half over each other."""
+    offsets = range(start, stop - side, max(1, side // 2))
+    return [*offsets, stop - side]
+
+
+def _outward(start: int, stop: int, total: int, side: int) -> list[int]:
+    """Windows beyond what is known, [start, stop), to both ends of a canvas."""
+    step = max(1, side // 2)
+    after = [min(offset, total - side) for offset in range(stop - side + step, total - side + step, step)]
+    before = [max(offset, 0) for offset in range(start - step, -step, -step)]
+    return [*after, *before]
+
+
+# ------------------------------------------------------------------------------ pictures given
+
+
+def _listed(value: Any, requests: Requests, name: str) -> list[Any]:
+    """One for each prompt."""
+    prompts = len(requests) // requests.images_per_prompt
+    is_list = isinstance(value, list) and not (name == "mask_image" and all(np.isscalar(v) for v in value))
+    values = value if is_list else [value] * prompts
+    if len(values) == 1:
+        values = list(values) * prompts
+    if len(values) != prompts:
+        raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts; give one, or one a prompt.")
+    return list(values)
+
+
+def _open_images(image: Any, requests: Requests) -> list[Image.Image]:
+    return [_open(one, "image") for one in _listed(image, requests, "image")]
+
+
+def _open(image: Any, name: str) -> Image.Image:
+    """An upright RGB picture from a picture, an array or a path."""
+    from muse_jax.data import transforms  # its room takes a while to import, and most calls have no picture
+
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise ValueError(
+                f"{name} is an array of {image.dtype} and shape {image.shape}; expected uint8 [h, w, 3] or [h, w]."
+            )
+        image = Image.fromarray(image)
+    elif not isinstance(image, Image.Image):
+        try:
+            image = transforms.open_image(image)
+            image.load()
+        except (transforms.UnusableError, OSError, TypeError, AttributeError) as error:
+            raise ValueError(f"{name} {image!r} can't be read: {error}.") from error
+    return transforms.to_rgb(transforms.upright(image))
+
+
+def _mask(mask: Any, picture: Image.Image) -> Image.Image:
+    """A grey picture of the image's size, white where it is repainted."""
+    if isinstance(mask, np.ndarray) and mask.dtype == bool:
+        mask = mask.astype(np.uint8) * 255
+    if isinstance(mask, Sequence) and not isinstance(mask, str):
+        return _box(mask, picture)
+    mask = _open(mask, "mask_image").convert("L")
+    if mask.size != picture.size:
+        raise ValueError(
+            f"mask_image is {mask.size[0]} x {mask.size[1]} pixels and the image {picture.size[0]} x "
+            f"{picture.size[1]}; draw the mask on a picture of the image's size."
+        )
+    return mask
+
+
+def _box(box: Sequence[Any], picture: Image.Image) -> Image.Image:
+    width, height = picture.size
+    if len(box) != 4 or not all(isinstance(v, int | float | np.number) for v in box):
+        raise ValueError(f"mask_image is {box!r}; expected a picture or a box (left, top, right, bottom).")
+    left, top, right, bottom = (int(round(float(v))) for v in box)
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise ValueError(
+            f"the box {tuple(box)} doesn't lie within the image of {width} x {height} pixels; expected "
+            "0 <= left < right <= width and 0 <= top < bottom <= height."
+        )
+    mask = Image.new("L", picture.size, 0)
+    mask.paste(255, (left, top, right, bottom))
+    return mask
+
+
+def _square(picture: Image.Image, size: int) -> np.ndarray:
+    from muse_jax.data import transforms
+
+    return transforms.square(picture.convert("RGB"), size)
+
+
+def _whole_cells(picture: Image.Image, size: int, cell: int) -> np.ndarray:
+    """The shorter side resized to `size`; of the longer one, the middle that is whole cells."""
+    scale = size / min(picture.size)
+    sides = [max(size, int(side * scale / cell + 0.5) * cell) for side in picture.size]
+    box = [(side - want / scale) / 2 for side, want in zip(picture.size, sides, strict=True)]
+    left, top = (max(0.0, edge) for edge in box)
+    area = (left, top, picture.size[0] - left, picture.size[1] - top)
+    return np.asarray(picture.resize(sides, Image.Resampling.BICUBIC, box=area, reducing_gap=3.0))
