@@ -18,6 +18,7 @@ from muse_jax import process  # noqa: E402
 if __name__ == "__main__":
     process.reexec_with_malloc_settings()
 
+import dataclasses  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
 import pathlib  # noqa: E402
@@ -87,7 +88,9 @@ def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> Non
         draft.unlink(missing_ok=True)
 
 
-def sample(pipeline: Any, requests: Any, out: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def sample(
+    pipeline: Any, requests: Any, out: pathlib.Path, settings: Mapping[str, Any], best_of: int = 1
+) -> dict[str, Any]:
     """Draws all pictures and writes them as they are made, then the grid and samples.json.
 
     Args:
@@ -95,6 +98,7 @@ def sample(pipeline: Any, requests: Any, out: pathlib.Path, settings: Mapping[st
       requests: from `sampling.requests.make_requests`.
       out: the folder; made if need be.
       settings: for the pipeline's call.
+      best_of: of so many neighbours among the requests the best is kept, and written at the end.
 
     Returns:
       What samples.json holds.
@@ -108,10 +112,16 @@ def sample(pipeline: Any, requests: Any, out: pathlib.Path, settings: Mapping[st
             requests.prompts[piece], requests.negative_prompts[piece], seed=requests.seeds[piece], **settings
         )
         for name, image in zip(names[piece], output.images, strict=True):
-            write_whole(out / name, image.save)
+            if best_of == 1:
+                write_whole(out / name, image.save)
             images.append(image)
             first = first or time.monotonic() - STARTED
         used = output.settings
+    if best_of > 1:
+        requests, images = _best(requests, images, best_of)
+        names = file_names(requests.prompts, requests.seeds)
+        for name, image in zip(names, images, strict=True):
+            write_whole(out / name, image.save)
     write_whole(out / "grid.png", lambda path: _grid(path, requests, images))
     pictures = [
         {"file": name, "prompt": prompt, "negative_prompt": negative, "seed": seed}
@@ -121,6 +131,17 @@ def sample(pipeline: Any, requests: Any, out: pathlib.Path, settings: Mapping[st
     ]
     record = {"settings": used, "pictures": pictures, "seconds_to_first_picture": round(first, 2)}
     return {**record, "seconds": round(time.monotonic() - STARTED, 2)}
+
+
+def _best(requests: Any, images: Sequence[Any], best_of: int) -> tuple[Any, list[Any]]:
+    import numpy as np
+
+    from muse_jax.evaluation import ranking
+
+    kept = ranking.best([np.asarray(image) for image in images], requests.prompts, best_of)
+    rows = {name: tuple(getattr(requests, name)[i] for i in kept) for name in ("prompts", "negative_prompts", "seeds")}
+    each = requests.images_per_prompt // best_of
+    return dataclasses.replace(requests, **rows, images_per_prompt=each), [images[i] for i in kept]
 
 
 def _grid(path: pathlib.Path, requests: Any, images: Sequence[Any]) -> None:
@@ -147,6 +168,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_integer("num_images_per_prompt", 1, "Pictures of each prompt.", 1, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the first picture of each prompt; the next ones count up.", flag_values=values)
     flags.DEFINE_string("out", "samples", "Folder to write to.", values)
+    flags.DEFINE_integer("best_of", 1, "Draw this many for each picture and keep the best.", 1, flag_values=values)
     flags.DEFINE_integer("batch_size", 16, "Pictures drawn at a time.", 1, flag_values=values)
     for prefix, stage in (("", "base model"), ("superres_", "super-resolution")):
         for table, define in ((NUMBERS, flags.DEFINE_float), (COUNTS, flags.DEFINE_integer)):
@@ -156,6 +178,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
             flags.DEFINE_string(prefix + name, None, f"{stage}: {text}", values)
 
 
+def settings_given(values: flags.FlagValues) -> dict[str, Any]:
+    """The sampler settings among the flags, for a pipeline's call."""
+    names = [prefix + name for prefix in ("", "superres_") for name in (*NUMBERS, *COUNTS, *NAMES)]
+    return {name: values[name].value for name in names if values[name].value is not None}
+
+
 def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]:
     """What the command does; returns what samples.json holds.
 
@@ -163,6 +191,7 @@ def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]
       PipelineError, StageError, ValueError, TypeError: naming what to mend, before anything is compiled.
     """
     from muse_jax.assemble import versions
+    from muse_jax.evaluation import ranking
     from muse_jax.sampling.pipeline import MusePipeline
     from muse_jax.sampling.requests import make_requests
 
@@ -171,14 +200,14 @@ def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]
     requests = make_requests(
         values.prompt,
         values.negative_prompt[0] if len(values.negative_prompt or []) == 1 else values.negative_prompt,
-        values.num_images_per_prompt,
+        values.num_images_per_prompt * values.best_of,
         values.seed,
     )
+    if values.best_of > 1:
+        ranking.check(requests.prompts)
     out = pathlib.Path(values.out)
     pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
-    names = [prefix + name for prefix in ("", "superres_") for name in (*NUMBERS, *COUNTS, *NAMES)]
-    settings = {name: values[name].value for name in names if values[name].value is not None}
-    record = sample(pipeline, requests, out, settings)
+    record = sample(pipeline, requests, out, settings_given(values), values.best_of)
     about = {"command": list(command), "pipeline": values.pipeline or "packaged", "manifest": pipeline.manifest}
     record = {**about, **record, "versions": versions()}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,155 @@
+"""Edits a picture by a prompt: inpainting, outpainting, or mask-free editing (Muse, section 3.3).
+
+    python -m muse_jax.edit --image=photo.png --prompt="..." --mask_image=mask.png    # white is repainted
+    python -m muse_jax.edit --image=photo.png --prompt="..." --box=10,10,40,40        # left, top, right, bottom
+    python -m muse_jax.edit --image=photo.png --prompt="..." --right=32 --bottom=16   # extended by these pixels
+    python -m muse_jax.edit --image=photo.png --prompt="..."                          # all of it, little by little
+
+Without --pipeline the small one for generated scenes is used that comes with the package. Any size
+and mode of picture will do. In --out: a PNG for each prompt and seed; grid.png with what was given
+beside what was made; strip.png with the iterations of mask-free editing; edits.json with everything
+that made them. --best_of=N draws N pictures for each and keeps the one that follows the prompt best.
+Same picture, prompt, seed and settings, same result.
+"""
+
+from muse_jax import process
+
+if __name__ == "__main__":
+    process.reexec_with_malloc_settings()
+
+import json
+import pathlib
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from muse_jax import sample
+
+SIDES = ("left", "top", "right", "bottom")
+
+
+def method_of(values: flags.FlagValues) -> tuple[str, dict[str, Any]]:
+    """Which method of the pipeline the flags ask for, and its own arguments.
+
+    Raises:
+      ValueError: for flags that don't go together.
+    """
+    amounts = {side: values[side].value for side in SIDES if values[side].value}
+    if values.box and values.mask_image:
+        raise ValueError("--box and --mask_image both say what to repaint; give one of them.")
+    box = tuple(float(number) for number in values.box) if values.box else None
+    mask = box or values.mask_image or None
+    if amounts and (mask is not None or values.mask_free):
+        raise ValueError("--left, --top, --right and --bottom extend a picture; they go with no mask.")
+    if amounts:
+        return "outpaint", {**amounts, "blend": values.blend}
+    if mask is None or values.mask_free:
+        return "edit", {"mask_image": mask, "share": values.share, "history": True}
+    return "inpaint", {"mask_image": mask, "blend": values.blend}
+
+
+def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]:
+    """What the command does; returns what edits.json holds.
+
+    Raises:
+      PipelineError, StageError, ValueError, TypeError: naming what to mend, before anything is compiled.
+    """
+    from muse_jax.assemble import versions
+    from muse_jax.evaluation import ranking
+    from muse_jax.sampling.pipeline import MusePipeline
+
+    if not values.image:
+        raise ValueError("--image is missing; give the picture to edit.")
+    if not values.prompt:
+        raise ValueError('--prompt is missing; try --prompt="a large red circle on a white background".')
+    name, arguments = method_of(values)
+    if values.best_of > 1:
+        ranking.check(values.prompt)
+    pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
+    each = values.num_images_per_prompt * values.best_of
+    negative = values.negative_prompt
+    output = getattr(pipeline, name)(
+        values.prompt,
+        values.image,
+        negative_prompt=negative[0] if negative and len(negative) == 1 else negative,
+        num_images_per_prompt=each,
+        seed=values.seed,
+        output_type="uint8",
+        **arguments,
+        **sample.settings_given(values),
+    )
+    kept = list(range(len(output.prompts)))
+    if values.best_of > 1:
+        kept = ranking.best(output.images, output.prompts, values.best_of)
+    out = pathlib.Path(values.out)
+    pictures = _write(out, output, kept, values.image, strip=name == "edit")
+    about = {"command": list(command), "method": name, "pipeline": values.pipeline or "packaged"}
+    given = {key: value for key, value in arguments.items() if key != "history"}
+    record = {**about, "image": values.image, **given, "best_of": values.best_of, "settings": output.settings}
+    record |= {"manifest": pipeline.manifest, "pictures": pictures, "versions": versions()}
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    sample.write_whole(out / "edits.json", lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
+    for picture in pictures:
+        print(f"{out / picture['file']}    {picture['prompt']}")
+    print(f"Beside what was given in {out / 'grid.png'}, what made them in {out / 'edits.json'}.")
+    return record
+
+
+def _write(out: pathlib.Path, output: Any, kept: Sequence[int], image: str, strip: bool) -> list[Mapping[str, Any]]:
+    import numpy as np
+    from PIL import Image
+
+    from muse_jax import figures
+    from muse_jax.data import transforms
+    from muse_jax.text import vocabulary
+
+    out.mkdir(parents=True, exist_ok=True)
+    prompts, seeds = ([values[i] for i in kept] for values in (output.prompts, output.seeds))
+    names = sample.file_names(prompts, seeds)
+    for name, index in zip(names, kept, strict=True):
+        sample.write_whole(out / name, Image.fromarray(output.images[index]).save)
+    given = np.asarray(transforms.to_rgb(transforms.upright(transforms.open_image(image))))
+    shown = slice(sample.GRID_PROMPTS)
+    titles = [vocabulary.clean(prompt) for prompt in prompts][shown]
+    columns = {"given": [given] * len(titles), "made": [output.images[i] for i in kept][shown]}
+    sample.write_whole(out / "grid.png", lambda path: figures.samples(path, titles, columns))
+    if strip:
+        rows = {f"seed {seeds[n]}": output.decoding(i)["base"].images for n, i in enumerate(kept[:4])}
+        sample.write_whole(out / "strip.png", lambda path: figures.decoding(path, titles[0], rows))
+    return [
+        {"file": name, "prompt": prompt, "seed": seed} for name, prompt, seed in zip(names, prompts, seeds, strict=True)
+    ]
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """The command's flags: those of `sample`, and what is to be edited how."""
+    sample.define_flags(values)
+    flags.DEFINE_string("image", "", "The picture to edit.", values)
+    flags.DEFINE_string("mask_image", "", "Picture of the image's size; its white part is repainted.", values)
+    flags.DEFINE_list("box", [], "left,top,right,bottom in pixels of the image, instead of a mask.", values)
+    flags.DEFINE_bool("mask_free", False, "With a mask: mask-free editing within it.", values)
+    flags.DEFINE_bool("blend", True, "Put the original's pixels back where nothing was repainted.", values)
+    flags.DEFINE_float("share", 0.08, "Mask-free: share of the tokens drawn at each iteration.", flag_values=values)
+    for side in SIDES:
+        flags.DEFINE_integer(side, 0, f"Pixels to extend the picture by: {side}.", 0, flag_values=values)
+    values.set_default("out", "edits")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; put a prompt with spaces in quotes")
+    process.quiet()
+    warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr)
+    try:
+        edit(flags.FLAGS, sys.argv)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

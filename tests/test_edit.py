@@ -1,0 +1,79 @@
+"""`python -m muse_jax.edit` on the tiny quickstart's pipeline: what each way of editing leaves."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+from PIL import Image
+
+from muse_jax import edit
+from muse_jax.data import scenes
+
+PROMPT = "a large red circle on a white background"
+
+
+def run(cwd, *flags):
+    command = [sys.executable, "-m", "muse_jax.edit", "--pipeline=runs/quickstart/pipeline", *flags]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def here(tiny_quickstart):
+    folder = tiny_quickstart[0].parent.parent
+    picture = scenes.render(scenes.scene(3), 64)
+    Image.fromarray(picture).save(folder / "picture.png")
+    Image.fromarray(np.pad(np.full((20, 20), 255, np.uint8), ((4, 40), (4, 40)))).save(folder / "mask.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "method", "size"),
+    [
+        (["--mask_image=mask.png"], "inpaint", (64, 64)),
+        (["--box=4,4,24,24", "--best_of=2"], "inpaint", (64, 64)),
+        (["--right=16", "--noblend"], "outpaint", (80, 64)),
+        (["--num_inference_steps=3", "--num_images_per_prompt=2"], "edit", (64, 64)),
+    ],
+)
+def test_it_leaves_what_it_names(here, flags, method, size):
+    out = here / "edited" / method / str(len(flags))
+    done = run(here, "--image=picture.png", f"--prompt={PROMPT}", f"--out={out}", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((out / "edits.json").read_text())
+    assert record["method"] == method
+    assert len(record["pictures"]) == (2 if "--num_images_per_prompt=2" in flags else 1)
+    for picture in record["pictures"]:
+        with Image.open(out / picture["file"]) as made:
+            assert made.size == size
+        assert picture["file"] in done.stdout
+    expected = {"grid.png", "edits.json", *(p["file"] for p in record["pictures"])}
+    assert {path.name for path in out.iterdir()} == expected | ({"strip.png"} if method == "edit" else set())
+    if method == "inpaint":
+        given = np.asarray(Image.open(here / "picture.png"))
+        made = np.asarray(Image.open(out / record["pictures"][0]["file"]))
+        np.testing.assert_array_equal(made[24:], given[24:])
+        np.testing.assert_array_equal(made[:, 24:], given[:, 24:])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--image is missing"),
+        (["--image=picture.png"], "--prompt is missing"),
+        (["--image=nowhere.png", f"--prompt={PROMPT}"], "'nowhere.png' can't be read"),
+        (["--image=picture.png", f"--prompt={PROMPT}", "--box=1,2,3"], "left, top, right, bottom"),
+        (["--image=picture.png", f"--prompt={PROMPT}", "--box=1,2,3,4", "--left=8"], "they go with no mask"),
+        (["--image=picture.png", f"--prompt={PROMPT}", "--left=3"], "multiple of 8"),
+        (["--image=picture.png", "--prompt=a cat", "--best_of=2"], "'a cat' is no caption"),
+    ],
+)
+def test_what_cannot_work_names_the_mend(here, monkeypatch, flags, message):
+    monkeypatch.chdir(here)
+    values = absl_flags.FlagValues()
+    edit.define_flags(values)
+    values(["edit", "--pipeline=runs/quickstart/pipeline", *flags])
+    with pytest.raises(ValueError, match=message):
+        edit.edit(values)
