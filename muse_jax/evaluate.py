@@ -9,6 +9,9 @@ the same without guidance, prompts with combinations of colour and shape that no
 had, and PSNR, SSIM, codebook usage and readability of the tokenizers' reconstructions of true
 pictures, which bound what any model of their tokens can reach.
 
+With --editing, how well it edits true pictures is measured instead: inpainting, mask-free editing
+and outpainting.
+
 For a pipeline trained on other pictures, only the tokenizers can be measured (on the pictures that
 its config holds out; `--data_path` names their folder where it has moved).
 
@@ -36,8 +39,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from muse_jax.data import make_source, scenes
-from muse_jax.evaluation import prompts, reconstruction
-from muse_jax.models import vqgan
+from muse_jax.evaluation import edits, prompts, reconstruction
 from muse_jax.specs import DataSpec
 
 TOKENIZERS = {  # report name -> the stages that encode and decode
@@ -215,7 +217,7 @@ def measure_tokenizers(pipeline: Any, count: int, *, seed: int = 0, data_path: s
         batch_size = min(pipeline.max_batch_size, len(images))
         rest = -len(images) % batch_size
         filled = np.concatenate([images, np.repeat(images[-1:], rest, axis=0)])  # one compilation
-        tokens = _tokens(pipeline.stages[encoder], filled, batch_size)
+        tokens = pipeline.encode(encoder, filled)
         decoded = pipeline.decode_tokens(decoder, tokens)
         codes = pipeline.stages[encoder].spec.model.codebook_size
         keep = slice(len(images))
@@ -237,19 +239,6 @@ def _pictures(data: DataSpec, count: int, seed: int) -> tuple[np.ndarray, list[s
         ) from error
     chosen = np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)
     return np.stack([source[int(i)]["image"] for i in chosen]), None
-
-
-def _tokens(stage: Any, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """Token ids int32 [n, rows, columns] of pictures uint8 [n, h, w, 3]; n is a multiple of batch_size."""
-    model = vqgan.VQGAN(stage.spec.model)
-    params = jax.device_put({name: stage.params[name] for name in ("encoder", "quantizer")})
-
-    @jax.jit
-    def encode(params: Any, batch: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, vqgan.to_unit(batch), method="tokens")
-
-    batches = images.reshape(-1, batch_size, *images.shape[1:])
-    return np.concatenate([np.asarray(encode(params, batch)) for batch in batches])
 
 
 # --------------------------------------------------------------------------------------- command
@@ -287,6 +276,34 @@ def _prompt_lines(figures: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def editing_table(figures: Mapping[str, Any]) -> str:
+    """What `edits.measure` gave, as text."""
+    lines = [f"{'editing':<22}{'pictures':>9}{'as asked':>12}{'the rest':>10}{'all of it':>11}"]
+    for name, row in figures.items():
+        read = "".join(f"{row[key]:>{width}.1%}" for key, width in _EDITED if key in row)
+        kept = f"  {row['pixels_kept']:.1%} keep the given part bit for bit" if "pixels_kept" in row else ""
+        lines.append(f"{name.replace('_', '-'):<22}{row['count']:>9}{read}{kept}")
+    return "\n".join(lines)
+
+
+_EDITED = (("changed", 12), ("others", 10), ("others_all", 11))
+
+
+def evaluate_editing(pipeline: Any, count: int, seed: int = 0, progress: bool = True) -> dict[str, Any]:
+    """The figures of editing; see `edits.measure`.
+
+    Raises:
+      EvaluationError: the pipeline was trained on something else than scenes.
+    """
+    if not _knows_scenes(pipeline):
+        raise EvaluationError("editing can be measured on generated scenes alone (data.name='scenes').")
+    start = time.monotonic()
+    with tqdm(total=3 * count, unit="picture", disable=not progress, desc="editing") as bar:
+        editing = edits.measure(pipeline, count, seed, bar.update)
+    seconds = round(time.monotonic() - start, 1)
+    return {"editing": editing, "evaluation": {"seed": seed, "seconds": seconds, "versions": versions()}}
+
+
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The command's flags; called by the command alone, since others have flags of the same names."""
     for name, default, text in (
@@ -299,35 +316,34 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         ("data_path", "", "Folder of the pictures, where it is no longer the one trained on."),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
+    flags.DEFINE_bool("editing", False, "Measure editing instead.", values)
     for name, default, text in (
         ("num_prompts", 500, "Held-out prompts that are drawn."),
         ("num_unguided", 100, "How many of them are drawn without guidance too."),
         ("num_held_out", 100, "Prompts with combinations that no training picture had."),
         ("num_reconstructed", 500, "Pictures that the tokenizers are tried on."),
+        ("num_edits", 300, "With --editing: pictures for each way of editing."),
         ("batch_size", 16, "Pictures drawn at a time."),
         ("seed", 0, "Of the scenes and the sampling."),
     ):
-        least = 1 if name in ("num_prompts", "num_reconstructed", "batch_size") else 0
+        least = 0 if name in ("num_unguided", "num_held_out", "seed") else 1
         flags.DEFINE_integer(name, default, text, lower_bound=least, flag_values=values)
 
 
 def out_path(values: flags.FlagValues) -> pathlib.Path:
     """Where the figures go."""
-    return pathlib.Path(values.out or pathlib.Path(values.pipeline or ".") / "evaluation.json")
+    name = "editing.json" if values.editing else "evaluation.json"
+    return pathlib.Path(values.out or pathlib.Path(values.pipeline or ".") / name)
 
 
-def run(values: flags.FlagValues) -> dict[str, Any]:
-    """What the command does: measures, prints, writes; returns what it wrote."""
-    from muse_jax.sampling.pipeline import MusePipeline
-
-    pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
+def _evaluate_all(pipeline: Any, values: flags.FlagValues) -> dict[str, Any]:
     if not _knows_scenes(pipeline):
         print(
             "Not measured: whether the pictures follow their prompts. That can be read from generated scenes alone, "
             f"and this pipeline was trained on data.name={pipeline.stages['base'].spec.data.name!r}.",
             file=sys.stderr,
         )
-    figures = evaluate(
+    return evaluate(
         pipeline,
         values.num_prompts,
         unguided=values.num_unguided,
@@ -336,11 +352,24 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
         seed=values.seed,
         data_path=values.data_path,
     )
+
+
+def run(values: flags.FlagValues) -> dict[str, Any]:
+    """What the command does: measures, prints, writes; returns what it wrote."""
+    from muse_jax.sampling.pipeline import MusePipeline
+
+    pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
+    if values.editing:
+        figures = evaluate_editing(pipeline, values.num_edits, values.seed)
+        shown = editing_table(figures["editing"])
+    else:
+        figures = _evaluate_all(pipeline, values)
+        shown = table(figures)
     figures["evaluation"]["pipeline"] = values.pipeline or "packaged"
     out = out_path(values)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{table(figures)}\n\n{figures['evaluation']['seconds']:.0f} seconds; written to {out}")
+    print(f"\n{shown}\n\n{figures['evaluation']['seconds']:.0f} seconds; written to {out}")
     return figures
 
 

@@ -7,7 +7,6 @@ import sys
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -107,6 +106,11 @@ class Painter:
         items = [table[caption] for caption in prompt]
         return types.SimpleNamespace(images=scenes.render_batch(items, 64), low_images=scenes.render_batch(items, 32))
 
+    def encode(self, stage, images):
+        apply = jax.jit(vqgan.VQGAN(self.stages[stage].spec.model).apply, static_argnames="method")
+        pixels = vqgan.to_unit(jax.numpy.asarray(images))
+        return np.asarray(apply({"params": self.stages[stage].params}, pixels, method="tokens"))
+
     def decode_tokens(self, stage, tokens):
         """Perfect reconstructions from the decoder, grey ones from the others."""
         size = SIZES.get(stage, 48)
@@ -166,16 +170,21 @@ def test_tokenizers_are_measured_on_the_scenes_of_the_prompts(stages):
     assert list(evaluate.measure_tokenizers(painter, 2, seed=3)) == ["low", "high"]
 
 
-def test_tokens_are_those_of_the_stages_encoder(stages):
-    """Of a run's own parameters too, which have a discriminator's beside them."""
-    stage = stages["tokenizer_low"]
-    images = scenes.render_batch(scenes.scenes(range(4)), 32)
-    params = jax.tree.map(jnp.asarray, stage.params)
-    tokenize = vqgan.VQGAN(stage.spec.model).apply
-    expected = tokenize({"params": params}, vqgan.to_unit(jnp.asarray(images)), method="tokens")
-    run = dataclasses.replace(stage, params={**stage.params, "discriminator": {"kernel": np.ones(3)}})
-    for tried in (stage, run):
-        np.testing.assert_array_equal(evaluate._tokens(tried, images, 2), expected)
+def test_editing_is_measured(stages):
+    """A pipeline that hands back what it was given changes nothing, and keeps all the rest."""
+    painter = Painter(stages, follows=lambda settings: True)
+    painter.image_size, painter.cell = 64, 8
+
+    def given(prompt, image, seed, output_type, mask_image=None, right=0):
+        assert len(prompt) == len(image) == len(seed) <= 16
+        return types.SimpleNamespace(images=np.pad(np.stack(image), ((0, 0), (0, 0), (0, right), (0, 0)), mode="edge"))
+
+    painter.inpaint = painter.edit = painter.outpaint = given
+    figures = evaluate.evaluate_editing(painter, 20, seed=3, progress=False)
+    for name in ("inpainting", "mask_free"):
+        assert figures["editing"][name] == {"count": 20, "changed": 0.0, "others": 1.0, "others_all": 1.0}
+    assert figures["editing"]["outpainting"] == {"count": 20, "pixels_kept": 1.0}
+    assert "mask-free" in evaluate.editing_table(figures["editing"])
 
 
 def _on_folder(stages, path):
