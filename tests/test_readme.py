@@ -39,7 +39,8 @@ def _short(command: str) -> list[str]:
     words = shlex.split(command)
     assert words[0] == "python"
     if "muse_jax.evaluate" in words:
-        words += ["--num_prompts=2", "--num_unguided=1", "--num_held_out=1", "--num_reconstructed=2", "--out=runs/e"]
+        words += ["--num_prompts=2", "--num_unguided=1", "--num_held_out=1", "--num_reconstructed=2"]
+        words += ["--num_edits=1", "--out=runs/e"]
     if "muse_jax.benchmark" in words:
         words += ["--quick"]
     return [sys.executable, *words[1:]]
