@@ -27,6 +27,7 @@ ARROWS = {
     "text": ("text", "specs"),
     "evaluation": ("evaluation", "specs", "data.scenes"),
     "interop": ("interop", "specs"),
+    "weights": ("weights", "models", "specs", "training.trees"),
 }
 ROOMS = {name.split(".")[0] for name in ARROWS}
 
