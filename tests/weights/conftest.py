@@ -1,9 +1,7 @@
 """The original implementations, which come with `pip install -e .[peers]`, and small models of theirs."""
 
-import importlib
 import pathlib
 import sys
-import types
 import warnings
 
 import numpy as np
@@ -11,17 +9,8 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+from peers import imported
 from small import IDS, MASK, SIZES
-
-
-def imported(name: str) -> types.ModuleType:
-    """A module of the extra, or the test is skipped."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs, at import
-        try:
-            return importlib.import_module(name)
-        except ImportError:
-            pytest.skip(f"{name} is not installed (pip install -e .[peers])")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
+from flax import serialization
 
 from muse_jax import specs
 from muse_jax.models import t5
@@ -43,3 +45,42 @@ def our_params(spec=None, seed=0):
     rng = np.random.default_rng(seed)
     unboxed = jax.tree.map(lambda box: box.value, shapes, is_leaf=lambda x: hasattr(x, "names"))
     return {n: rng.normal(0, 0.3, leaf.shape).astype(np.float32) for n, leaf in trees.named_leaves(unboxed).items()}
+
+
+def write_t5x(path, params, dtype="float32", held=()):
+    """Writes our parameters as T5X lays its checkpoints out.
+
+    One gzipped zarr array a parameter, in several chunks, and a msgpack tree with TensorStore's specs, or the arrays
+    themselves where a name is in `held`; beside the encoder there are a decoder and the optimizer's state.
+    """
+    target = {}
+    for name, value in params.items():
+        if name.startswith("encoder/layers/"):
+            for i, layer in enumerate(value):
+                target[f"encoder/layers_{i}/" + name.removeprefix("encoder/layers/")] = layer
+        else:
+            target[name] = value
+    target["decoder/decoder_norm/scale"] = np.ones(3, np.float32)
+    tree = {"target": {}, "state": {"step": np.int32(7), "param_states": {"decoder_norm": np.zeros(3, np.float32)}}}
+    for name, value in target.items():
+        *folders, last = name.split("/")
+        node = tree["target"]
+        for key in folders:
+            node = node.setdefault(key, {})
+        spec = {
+            "driver": "zarr",
+            "dtype": dtype,
+            "kvstore": {"driver": "file", "path": "target." + name.replace("/", ".")},
+            "metadata": {
+                "compressor": {"id": "gzip"},
+                "shape": list(value.shape),
+                "chunks": [-(-size // 2) for size in value.shape],
+            },
+        }
+        node[last] = value if name in held else spec
+        if name not in held:
+            store = {**spec, "kvstore": {"driver": "file", "path": f"{path}/target.{name.replace('/', '.')}"}}
+            array = tensorstore.open(store, create=True, open=True).result()
+            array.write(np.asarray(value, array.dtype.numpy_dtype)).result()
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "checkpoint").write_bytes(serialization.msgpack_serialize({"version": 3, "optimizer": tree}))
