@@ -80,7 +80,7 @@ def write(out: Any, converted: Converted, origin: Mapping[str, str], dtype: str 
     out = epath.Path(out)
     if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
         raise WeightsError(f"{out} holds something else than imported weights; name another folder.")
-    draft = out.parent / f".{out.name}.{os.getpid()}.draft"
+    draft, previous = (out.parent / f".{out.name}.{os.getpid()}.{end}" for end in ("draft", "previous"))
     draft.mkdir(parents=True, exist_ok=True)
     try:
         written = _write_params(draft / PARAMS, converted.leaves, DTYPES[dtype])
@@ -90,8 +90,10 @@ def write(out: Any, converted: Converted, origin: Mapping[str, str], dtype: str 
         manifest |= {"model": dict(converted.model), "tensors": written}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         if out.exists():
-            out.rmtree()
+            out.rename(previous)
         draft.rename(out)
+        if previous.exists():
+            previous.rmtree()
     finally:
         if draft.exists():
             draft.rmtree()

@@ -65,11 +65,11 @@ class SafeTensor:
 
     def _remote(self, index: tuple[Any, ...]) -> np.ndarray:
         """Reads ranges of bytes, each as long as the rows that are wanted side by side."""
-        first, *rest = (*index, *(slice(None),) * (self.ndim - len(index))) or ((),)
         if not self.ndim:
-            return self._range(0, 1).reshape(())[index]
+            return np.asarray(self._range(0, 1).reshape(()))
+        first, *rest = (*index, *(slice(None),) * (self.ndim - len(index)))
         if isinstance(first, int | np.integer):
-            return self._rows(int(first), int(first) + 1)[(0, *rest)]
+            return np.asarray(self._rows(int(first), int(first) + 1)[(0, *rest)])
         start, stop, step = first.indices(self.shape[0])
         inner = math.prod(self.shape[1:]) * self.dtype.itemsize
         if step != 1 or inner < _RUN or self.ndim < 2:
