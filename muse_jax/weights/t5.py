@@ -129,7 +129,7 @@ def _leaf(name: str, shape: tuple[int, ...], pieces: list[Tensor], names: Names)
                 yield _turn(piece[:], turned)
             else:
                 for start in range(0, piece.shape[0], _ROWS):
-                    yield piece[start : start + _ROWS]
+                    yield piece[start : min(start + _ROWS, piece.shape[0])]  # TensorStore has no room beyond
 
     # NumPy knows no common dtype of bfloat16 and float16.
     dtypes = {piece.dtype for piece in pieces}
