@@ -68,5 +68,12 @@ setuptools.setup(
             "pytest-xdist>=3.8",
             "ruff>=0.14",
         ],
+        # The original implementations, which tests/interop hold the importers against.
+        "peers": [
+            "lpips>=0.1.4",
+            "torch>=2.10",
+            "torchvision>=0.25",
+            "transformers>=5.0",
+        ],
     },
 )

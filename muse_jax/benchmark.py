@@ -172,7 +172,7 @@ class Training:
     def __init__(self, spec: specs.Spec, task: Any, batch: Mapping[str, np.ndarray]):
         frozen = task.frozen()
         self.program = step.Program(spec, task, sharding.make_mesh(spec.mesh), frozen)
-        self.frozen = jax.device_put(sharding.unbox(frozen), step.shardings_of(self.program.frozen))
+        self.frozen = sharding.place(sharding.unbox(frozen), step.shardings_of(self.program.frozen))
         self.batch = sharding.put(dict(batch), self.program.batch_sharding)
         self.compiled = self.program.lower_train(self.program.abstract_batch(batch)).compile()
         state = self.program.state

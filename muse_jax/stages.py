@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from safetensors.numpy import load_file
+from etils import epath
 
 from muse_jax import specs
+from muse_jax.interop import folder as weights
+from muse_jax.interop.tensors import WeightsError
 from muse_jax.models import lpips, t5, vqgan
 from muse_jax.sampling import schedules
 from muse_jax.specs import SpecError
@@ -98,17 +100,24 @@ def _check_codebook(key: str, path: str, tokenizer: Tokenizer, size: int, name: 
 
 
 def _text_encoder(text: specs.TextEncoderSpec, length: int) -> Any:
-    """The frozen text encoder's parameters, or None where it is trained along."""
+    """The frozen text encoder's parameters, or None where it is trained along.
+
+    They are tensors that have not been read yet, in boxes with their axis names: XXL's 4.6B are never
+    whole in one host's memory (see `sharding.place`).
+    """
     if text.trainable:
         return None
-    path = os.path.join(text.weights, "params.safetensors")
-    if not os.path.exists(path):
+    path = os.path.join(text.weights, weights.PARAMS)
+    if not epath.Path(path).exists():
         raise SpecError(f"model.text.weights is {text.weights!r}, but there is no {path}; see third_party/README.md.")
-    params = trees.nest(load_file(path))
+    try:
+        params = trees.nest(weights.open_params(text.weights))
+    except WeightsError as error:
+        raise SpecError(f"model.text.weights {text.weights!r}: {error}") from error
     ids = jnp.zeros((1, length), jnp.int32)
     expected = jax.eval_shape(t5.from_spec(text).init, jax.random.key(0), ids, ids > 0)["params"]
     _check_shapes(f"model.text.weights {text.weights!r}", expected, params)
-    return params
+    return jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), expected, params, is_leaf=sharding.is_box)
 
 
 def _check_shapes(what: str, expected: Any, found: Any) -> None:

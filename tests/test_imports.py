@@ -27,7 +27,8 @@ ARROWS = {
     "data": ("data", "text", "specs"),
     "text": ("text", "specs"),
     "evaluation": ("evaluation", "specs", "data.scenes"),
-    "interop": ("interop", "specs"),
+    # The models say which parameters there are to be filled, and in which shapes.
+    "interop": ("interop", "models", "specs", "training.trees"),
 }
 ROOMS = {name.split(".")[0] for name in ARROWS}
 

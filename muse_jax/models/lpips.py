@@ -118,7 +118,10 @@ def parameter_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def load_lpips(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Parameters of `LPIPS` from a safetensors file, as a nested dict of float32 NumPy arrays.
+    """Parameters of `LPIPS` as a nested dict of float32 NumPy arrays.
+
+    Args:
+      path: a safetensors file, or the folder that import_weights wrote.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -126,9 +129,12 @@ def load_lpips(path: str | os.PathLike[str]) -> dict[str, Any]:
         cannot have; the message names it.
     """
     path = os.fspath(path)
+    if os.path.isdir(path):
+        path = os.path.join(path, "params.safetensors")
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"There is no LPIPS weights file {path!r}. Give a file, or train without the perceptual loss."
+            f"There is no LPIPS weights file {path!r}. Give a file or a folder that import_weights wrote, or train "
+            "without the perceptual loss."
         )
     tensors = {name: np.asarray(value, np.float32) for name, value in load_file(path).items()}
     shapes = parameter_shapes()

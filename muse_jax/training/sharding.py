@@ -207,3 +207,40 @@ def put(tree: Any, sharding: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays, or tensors still in a file, on the devices; of a file each process reads what its devices hold.
+
+    Args:
+      tree: of NumPy or jax arrays, or of anything with `shape` and `dtype` that an index reads a part of.
+      shardings: a tree like it.
+
+    Raises:
+      SpecError: for a tensor whose `fingerprint` is not that of what was read.
+    """
+    placed = jax.tree.map(_place, tree, shardings)
+    leaves = trees.named_leaves(placed)
+    expected = {name: getattr(leaf, "fingerprint", None) for name, leaf in trees.named_leaves(tree).items()}
+    known = {name: value for name, value in expected.items() if value is not None}
+    for name, found in trees.fingerprints({name: leaves[name] for name in known}).items():
+        if found != known[name]:
+            raise SpecError(
+                f"{name} isn't what was written: its fingerprint is {found}, expected {known[name]}; "
+                "import the weights again."
+            )
+    return placed
+
+
+def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, np.ndarray | jax.Array | np.generic):
+        return jax.device_put(leaf, sharding)
+    read: dict[Any, np.ndarray] = {}  # devices that hold the same part share one reading
+
+    def part(index: Any) -> np.ndarray:
+        key = tuple((s.start, s.stop, s.step) for s in index)
+        if key not in read:
+            read[key] = leaf[index]
+        return read[key]
+
+    return jax.make_array_from_callback(tuple(leaf.shape), sharding, part)

@@ -124,7 +124,7 @@ class _Run:
         self.mesh = sharding.make_mesh(spec.mesh)
         frozen = task.frozen()
         self.program = steps.Program(spec, task, self.mesh, frozen)
-        self.frozen = jax.device_put(sharding.unbox(frozen), steps.shardings_of(self.program.frozen))
+        self.frozen = sharding.place(sharding.unbox(frozen), steps.shardings_of(self.program.frozen))
         self.identity = {"config": specs.to_config(spec), "data": data, "frozen": trees.fingerprints(self.frozen)}
         self.state: steps.State
         self.step = 0  # steps done, of which the metrics of the last may not have been read yet

@@ -74,11 +74,18 @@ def fingerprint(leaf: jax.Array) -> jax.Array:
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
-def fingerprint_numpy(leaf: np.ndarray) -> int:
-    """`fingerprint` of an array on the host."""
+def fingerprint_numpy(leaf: np.ndarray, first: int = 0) -> int:
+    """`fingerprint` of an array on the host.
+
+    Args:
+      leaf: the array, or consecutive elements of one: their sum modulo 2**32 is that of the whole.
+      first: index of the first element in the whole array.
+    """
     leaf = np.ascontiguousarray(leaf)
     bits = leaf.reshape(-1).view(_UNSIGNED[min(leaf.dtype.itemsize, 4)]).astype(np.uint32, copy=False)
     mixed = np.arange(bits.size, dtype=np.uint32)
+    words = bits.size // max(leaf.size, 1)  # two to an element of 8 bytes
+    mixed += np.uint32(first * words % 2**32)
     mixed *= _GOLDEN
     mixed ^= bits
     for shift, factor in _MIX:

@@ -1,0 +1,137 @@
+"""T5 encoders from Hugging Face folders: T5 1.1, Flan and v1.0, the whole model or its encoder alone.
+
+Read are `config.json`, `model.safetensors` or the files that `model.safetensors.index.json` lists,
+and `spiece.model` if it is there. A `pytorch_model.bin` is read only where there is no safetensors.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from muse_jax import specs
+from muse_jax.interop import folder, t5, tensors
+from muse_jax.interop.tensors import Tensor, WeightsError
+
+_FILES = ("model.safetensors", "pytorch_model.bin")
+_INDEX = ".index.json"
+_ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
+_TWIN = "encoder.embed_tokens.weight"  # a second name of the embedding in some files
+_GATED = {"gated-gelu": True, "relu": False}
+_EPSILON = 1e-6  # of our norms
+
+
+def _name(ours: str, layer: int | None) -> str:
+    first = f"encoder.block.{layer or 0}.layer."
+    part = ours.split("/")
+    if part[0] == "attention":
+        return f"{first}0.SelfAttention.{_ATTENTION[part[1]]}.weight"
+    if part[0] == "mlp":
+        return f"{first}1.DenseReluDense.{part[1]}.weight"
+    return {
+        "token_embedder/embedding": "shared.weight",
+        "encoder/relpos_bias/rel_embedding": f"{first}0.SelfAttention.relative_attention_bias.weight",
+        "encoder/encoder_norm/scale": "encoder.final_layer_norm.weight",
+        "pre_attention_layer_norm/scale": f"{first}0.layer_norm.weight",
+        "pre_mlp_layer_norm/scale": f"{first}1.layer_norm.weight",
+    }[ours]
+
+
+NAMES = t5.Names(
+    name=_name,
+    layer=re.compile(r"encoder\.block\.(\d+)\."),
+    transposed=lambda ours: ours.endswith(("kernel", "rel_embedding")),
+)
+
+
+def convert(path: str) -> folder.Converted:
+    """The encoder in a Hugging Face folder, or in one file of it.
+
+    Raises:
+      WeightsError: if it is not a T5 encoder, or damaged; the message names the tensor.
+    """
+    place = epath.Path(path)
+    if not place.exists():
+        raise WeightsError(f"there is no {path}; name a folder with config.json and model.safetensors.")
+    files = _tensors(place) if place.is_dir() else tensors.open_file(place)
+    where = place if place.is_dir() else place.parent
+    config = json.loads((where / "config.json").read_text()) if (where / "config.json").exists() else None
+    converted = t5.convert(_encoder(files, path), NAMES, path, config and _spec(config, files, str(where)))
+    words = where / folder.VOCABULARY
+    if words.exists():
+        model = t5.check_vocabulary(words.read_bytes(), converted.model, str(words))
+        converted = dataclasses.replace(converted, vocabulary=model)
+    return converted
+
+
+def _tensors(place: epath.Path) -> dict[str, Any]:
+    """The tensors of the folder's files, the first kind that is there."""
+    for name in _FILES:
+        if (place / name).exists():
+            return tensors.open_file(place / name)
+        if (place / (name + _INDEX)).exists():
+            return _sharded(place, name + _INDEX)
+    found = sorted(file.name for file in place.iterdir())[:10]
+    raise WeightsError(f"{place} has neither {' nor '.join(_FILES)}, whole or in parts; found {', '.join(found)}.")
+
+
+def _sharded(place: epath.Path, index: str) -> dict[str, Any]:
+    """The tensors that an index lists, each from the file that it names."""
+    try:
+        listed: Mapping[str, str] = json.loads((place / index).read_text())["weight_map"]
+        names = sorted(set(listed.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{place / index} is damaged: {error!r}.") from error
+    merged: dict[str, Any] = {}
+    for name in names:
+        if "/" in name or "\\" in name or name.startswith("."):
+            raise WeightsError(f"{place / index} names the file {name!r}; expected one in the same folder.")
+        owned = sorted(tensor for tensor, file in listed.items() if file == name)
+        if not (place / name).exists():
+            raise WeightsError(f"{place} lacks {name}, which has the tensor {owned[0]}; found no such file.")
+        held = tensors.open_file(place / name)
+        for tensor in owned:
+            if tensor not in held:
+                raise WeightsError(f"{place / name} lacks the tensor {tensor}, which {index} expects there.")
+            merged[tensor] = held[tensor]
+    return merged
+
+
+def _encoder(files: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The encoder's tensors of a model: without the decoder's, and the embedding once."""
+    kept = {name: t for name, t in files.items() if not name.startswith(("decoder.", "lm_head."))}
+    twin = kept.pop(_TWIN, None)
+    if twin is not None and "shared.weight" not in kept:
+        kept["shared.weight"] = twin
+    elif twin is not None and tuple(twin.shape) != tuple(kept["shared.weight"].shape):
+        raise WeightsError(
+            f"{where}: {_TWIN} has the shape {tuple(twin.shape)}; "
+            f"expected shared.weight's {tuple(kept['shared.weight'].shape)}."
+        )
+    return kept
+
+
+def _spec(config: Mapping[str, Any], files: Mapping[str, Tensor], where: str) -> specs.TextEncoderSpec:
+    """The encoder's sizes by config.json."""
+    if config.get("model_type") != "t5":
+        raise WeightsError(f"{where}/config.json has the model_type {config.get('model_type')!r}; expected 't5'.")
+    activation = config.get("feed_forward_proj", "relu")
+    if activation not in _GATED:
+        raise WeightsError(f"{where}/config.json has the feed_forward_proj {activation!r}; expected {list(_GATED)}.")
+    if config.get("layer_norm_epsilon", _EPSILON) != _EPSILON:
+        raise WeightsError(f"{where}/config.json has layer_norm_epsilon {config['layer_norm_epsilon']}; expected 1e-6.")
+    # The embedding may have more rows than config.json says: some models are padded after it is written.
+    embedding = files.get("shared.weight", files.get(_TWIN))
+    try:
+        vocabulary = config["vocab_size"] if embedding is None else max(config["vocab_size"], embedding.shape[0])
+        return specs.TextEncoderSpec(
+            *(vocabulary, config["num_layers"], config["d_model"], config["num_heads"], config["d_kv"], config["d_ff"]),
+            position_buckets=config.get("relative_attention_num_buckets", 32),
+            position_max_distance=config.get("relative_attention_max_distance", 128),
+            gated=_GATED[activation],
+        )
+    except KeyError as error:
+        raise WeightsError(f"{where}/config.json lacks {error}; it is no T5's.") from error
