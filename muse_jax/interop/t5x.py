@@ -7,6 +7,7 @@ of `target` is read: no decoder, no optimizer state.
 """
 
 import asyncio
+import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -120,7 +121,9 @@ def convert(path: str) -> folder.Converted:
             found[name] = _HeldTensor(name, value)
         elif isinstance(value, Mapping) and "driver" in value:
             if "/" in name or not (place / name).is_dir():
-                raise WeightsError(f"{path} lacks the tensor {name}; expected a folder of this name.")
+                near = difflib.get_close_matches(name, [folder.name for folder in place.iterdir()], 1, 0.9)
+                found_instead = f"; it has {near[0]}" if near else ""
+                raise WeightsError(f"{path} lacks the tensor {name}; expected a folder of this name{found_instead}.")
             found[name] = _ZarrTensor(place, name)
         else:
             raise WeightsError(f"{path}: {name} is a {type(value).__name__}; expected an array.")

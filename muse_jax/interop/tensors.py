@@ -214,7 +214,7 @@ def open_file(path: Any) -> dict[str, Any]:
     raise WeightsError(f"{path}: expected a file named *.safetensors, *.bin, *.pth or *.pt.")
 
 
-def check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+def check(tensors: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Refuses tensors that are not exactly those of `shapes`, or not of floats.
 
     Raises:
