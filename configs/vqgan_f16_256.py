@@ -69,7 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
         accumulate=1,
         ema_decay=0.0,  # section 3: none while training; muse_jax.average afterwards
     )
-    # 70M parameters fit everywhere: every chip holds them whole, and only gradients travel.
+    # 40M parameters fit everywhere: every chip holds them whole, and only gradients travel.
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
     config.train = dict(

@@ -30,7 +30,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from muse_jax import ahead, cascade, flops, hlo, roofline, specs
+from muse_jax import ahead, cascade, flops, hlo, roofline, specs, traffic
 from muse_jax.training import sharding, trees
 
 PAPER_STEP_S = 0.6  # Muse, section 3: a week for 1M steps on 256 TPU v4 chips
@@ -59,11 +59,13 @@ def topology_devices(topology: str) -> tuple[roofline.Chip, list[Any]]:
     return roofline.CHIPS[name], list(described.devices)
 
 
-def compile_train(spec: specs.Spec, configs: pathlib.Path, topology: str) -> dict[str, Any]:
-    """The report of the train step."""
+def compile_train(spec: specs.Spec, configs: pathlib.Path, topology: str, text: str = "") -> dict[str, Any]:
+    """The report of the train step; `text` is a file for the compiled program."""
     chip, devices = topology_devices(topology)
     program = ahead.program(spec, sharding.make_mesh(spec.mesh, devices), configs)
     compiled = program.lower_train(program.abstract_batch(ahead.batch(spec))).compile()
+    if text:
+        pathlib.Path(text).write_text(compiled.as_text())
     module = hlo.parse(compiled.as_text())
     chips = program.mesh.size
     coordinates = [device.coords for device in program.mesh.devices.flat]
@@ -78,7 +80,7 @@ def compile_train(spec: specs.Spec, configs: pathlib.Path, topology: str) -> dic
         "frozen_parameters": _parameters(program.frozen),
         "chip": memory(compiled, chip),
         "flops": work(model, hlo.flops(module) * chips),
-        "collectives": hlo.collectives(module),
+        "collectives": traffic.collectives(module),
         "unknown_loops": hlo.unknown_loops(module),
         "estimate": roofline.report(times, model, chip, chips),
         "paper": {"step_s": PAPER_STEP_S, "days_1m_steps": 7.0},
@@ -99,7 +101,7 @@ def compile_sample(
         parts[name] = {
             "chip": memory(compiled, chip),
             "flops": work(lowered.model_flops, hlo.flops(module)),
-            "collectives": hlo.collectives(module),
+            "collectives": traffic.collectives(module),
             "unknown_loops": hlo.unknown_loops(module),
             "estimate": roofline.report(times, lowered.model_flops, chip, 1),
         }
@@ -204,7 +206,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         spec = specs.from_config(_CONFIG.value)
         if _MODE.value == "train":
-            report = compile_train(spec, configs, _TOPOLOGY.value)
+            report = compile_train(spec, configs, _TOPOLOGY.value, _HLO.value)
         else:
             report = compile_sample(spec, configs, _TOPOLOGY.value, _BATCH.value, _BASE.value, _DECODER.value)
     except specs.SpecError as error:
@@ -222,6 +224,7 @@ if __name__ == "__main__":
     _BATCH = flags.DEFINE_integer("batch", 1, "sample: pictures at a time.", lower_bound=1)
     _BASE = flags.DEFINE_string("base", "runs/base_3b", "sample: stage before a super-resolution model.")
     _DECODER = flags.DEFINE_string("decoder", "", "sample: stage that makes pictures; the model's own tokenizer.")
+    _HLO = flags.DEFINE_string("hlo", "", "train: file for the text of the compiled program.")
     _JSON = flags.DEFINE_string("json", None, "File for the report.")
     flags.mark_flags_as_required(["config"])
     app.run(main)

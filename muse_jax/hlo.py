@@ -1,4 +1,4 @@
-"""Reads compiled programs, as XLA's text: FLOPs, bytes and collectives, loops counted as often as they run.
+"""Reads compiled programs, as XLA's text: their instructions, loops and FLOPs.
 
 XLA's own cost analysis counts the body of a loop once, which for scanned layers is most of the program.
 Here a loop's body counts as many times as `known_trip_count` says, or its condition's constant. What is
@@ -14,10 +14,6 @@ from collections.abc import Iterator
 import numpy as np
 
 BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "c64": 64, "c128": 128}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-# Moves nothing, or is counted where its parts are.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
-_FREE |= {"after-all", "partition-id", "replica-id", "opt-barrier", "optimization-barrier", "add-dependency"}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _NAME = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = ")
@@ -93,10 +89,11 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program."""
+    """A program, of one of so many partitions."""
 
     computations: dict[str, Computation]
     entry: str
+    partitions: int = 1
 
 
 def parse(text: str) -> Module:
@@ -119,7 +116,8 @@ def parse(text: str) -> Module:
             lines[instruction.name] = instruction
     if entry not in computations:
         raise ValueError("this is no HLO text: it has no ENTRY computation.")
-    return Module(computations, entry)
+    partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
+    return Module(computations, entry, int(partitions.group(1)) if partitions else 1)
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -214,6 +212,15 @@ def unknown_loops(module: Module) -> list[str]:
     return [i.name for i in every if trip_count(module, i) is None]
 
 
+def walk(module: Module, computation: str | None = None, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
+    """(computation, instruction, how often) of everything that runs, fusions' insides included."""
+    name = module.entry if computation is None else computation
+    for instruction in module.computations[name].instructions.values():
+        yield name, instruction, times
+        for part, count in parts(module, instruction):
+            yield from walk(module, part, times * count)
+
+
 # ----------------------------------------------------------------------------------------- FLOPs
 
 
@@ -282,157 +289,3 @@ def _meetings(size: int, kernel: int, out: int, window: dict) -> int:
     stride, spread, hole = window.get("stride", 1), window.get("rhs_dilate", 1), window.get("lhs_dilate", 1)
     at = np.arange(out)[:, None] * stride + np.arange(kernel)[None, :] * spread - window.get("pad", (0, 0))[0]
     return int(np.sum((at >= 0) & (at <= (size - 1) * hole) & (at % hole == 0)))
-
-
-# ----------------------------------------------------------------------------------------- bytes
-
-
-def own_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Bytes that one instruction reads from and writes to the chip's main memory.
-
-    Of an operand that is only sliced, the slice; of one that is updated in place, the update.
-    """
-    opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith("-done") or _kind(opcode):
-        return 0.0
-    if opcode.endswith("-start"):  # copies between memories: what is on the slow side
-        return sum(leaf.bytes for leaf in instruction.leaves[:2] if not leaf.fast)
-    inner = module.computations.get(instruction.called.get("calls", "")) if opcode == "fusion" else None
-    total = 0.0
-    for index, name in enumerate(instruction.operands):
-        made = computation.instructions.get(name)
-        if made is not None:
-            total += _read(made, instruction, index, inner)
-    return total + _written(computation, instruction, inner)
-
-
-def _slow(instruction: Instruction) -> float:
-    return sum(leaf.bytes for leaf in instruction.leaves if not leaf.fast)
-
-
-def _read(made: Instruction, user: Instruction, index: int, inner: Computation | None) -> float:
-    whole = _slow(made)
-    if not whole:
-        return 0.0
-    if inner is None:
-        if user.opcode in ("dynamic-slice", "slice", "gather") and index == 0:
-            return min(whole, user.bytes)
-        return 0.0 if user.opcode == "dynamic-update-slice" and index == 0 else whole
-    parameter = next((i for i in inner.instructions.values() if _is_parameter(i, index)), None)
-    return whole if parameter is None else min(whole, _used(inner, parameter))
-
-
-def _is_parameter(instruction: Instruction, index: int) -> bool:
-    return instruction.opcode == "parameter" and instruction.attributes == str(index)
-
-
-def _used(inner: Computation, value: Instruction) -> float:
-    """Bytes of a fusion's operand that its users inside look at."""
-    total = 0.0
-    for user in inner.users.get(value.name, []):
-        first = user.operands[0] == value.name
-        if user.opcode in ("bitcast", "reshape", "copy", "convert") and user.name != inner.root.name:
-            total += _used(inner, user) * (value.bytes / user.bytes if user.bytes else 1.0)
-        elif user.opcode in ("dynamic-slice", "slice", "gather") and first:
-            total += user.leaves[0].size * value.bytes / max(value.leaves[0].size, 1)
-        elif user.opcode == "dynamic-update-slice" and first:
-            continue
-        else:
-            return value.bytes
-    return total
-
-
-def _written(computation: Computation, instruction: Instruction, inner: Computation | None) -> float:
-    where, root = (computation, instruction) if inner is None else (inner, inner.root)
-    while root.opcode == "bitcast" and (made := where.operand(root, 0)) is not None:
-        root = made
-    outputs = [where.instructions[n] for n in root.operands] if root.opcode == "tuple" else [root]
-    if len(outputs) != len(instruction.leaves):
-        return _slow(instruction)
-    total = 0.0
-    for output, leaf in zip(outputs, instruction.leaves, strict=True):
-        update = where.operand(output, 1) if output.opcode == "dynamic-update-slice" else None
-        total += 0.0 if leaf.fast else leaf.bytes if update is None else update.bytes
-    return total
-
-
-# ----------------------------------------------------------------------------------- collectives
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One exchange between chips.
-
-    Attributes:
-      kind: of `COLLECTIVES`.
-      bytes: that a chip receives, if the chips of a group pass them around a ring.
-      group: devices (numbers of partitions) of the first group.
-    """
-
-    kind: str
-    bytes: float
-    group: tuple[int, ...]
-
-
-def collective(module: Module, instruction: Instruction) -> Collective | None:
-    """The exchange that an instruction starts, if it does."""
-    kind = _kind(instruction.opcode)
-    if kind is None or instruction.opcode.endswith("-done"):
-        return None
-    group = _group(instruction.attributes)
-    sizes = [leaf.bytes for leaf in instruction.leaves]
-    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute") and len(sizes) > 1:
-        sizes = sizes[1:2]  # (operand, result, ...)
-    others = (len(group) - 1) / max(len(group), 1)
-    factor = {"all-gather": others, "all-reduce": 2 * others, "reduce-scatter": len(group) - 1, "all-to-all": others}
-    return Collective(kind, sum(sizes) * factor.get(kind, 1.0), group)
-
-
-def _kind(opcode: str) -> str | None:
-    plain = opcode.removesuffix("-start").removesuffix("-done")
-    return plain if plain in COLLECTIVES else None
-
-
-def _group(attributes: str) -> tuple[int, ...]:
-    found = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    if found:
-        dims = [int(n) for n in found.group(3).split(",")]
-        order = np.arange(math.prod(dims)).reshape(dims)
-        if found.group(4):
-            order = order.transpose([int(n) for n in found.group(4).split(",")])
-        return tuple(order.reshape(int(found.group(1)), int(found.group(2)))[0].tolist())
-    found = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
-    return tuple(int(n) for n in found.group(1).split(",")) if found else ()
-
-
-def walk(module: Module, computation: str | None = None, times: int = 1) -> Iterator[tuple[str, Instruction, int]]:
-    """(computation, instruction, how often) of everything that runs, fusions' insides included."""
-    name = module.entry if computation is None else computation
-    for instruction in module.computations[name].instructions.values():
-        yield name, instruction, times
-        for part, count in parts(module, instruction):
-            yield from walk(module, part, times * count)
-
-
-def collectives(module: Module) -> dict[str, dict[str, float]]:
-    """{kind: {"count", "bytes"}} of a run of the program."""
-    found: dict[str, dict[str, float]] = {}
-    for _, instruction, times in walk(module):
-        exchange = collective(module, instruction)
-        if exchange is not None:
-            entry = found.setdefault(exchange.kind, {"count": 0, "bytes": 0.0})
-            entry["count"] += times
-            entry["bytes"] += times * exchange.bytes
-    return found
-
-
-def total_bytes(module: Module, computation: str | None = None) -> float:
-    """Bytes read from and written to main memory, loops counted as often as they run."""
-    name = module.entry if computation is None else computation
-    where = module.computations[name]
-    total = 0.0
-    for instruction in where.instructions.values():
-        total += own_bytes(module, where, instruction)
-        if instruction.opcode in ("while", "conditional", "call"):
-            total += sum(count * total_bytes(module, part) for part, count in parts(module, instruction))
-    return total

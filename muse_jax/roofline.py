@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from muse_jax import hlo
+from muse_jax import hlo, traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +74,10 @@ def estimate(module: hlo.Module, chip: Chip, coordinates: Sequence[Sequence[int]
     interconnect = sum(
         times * schedule.seconds(exchange)
         for _, instruction, times in hlo.walk(module)
-        if (exchange := hlo.collective(module, instruction)) is not None
+        if (exchange := traffic.collective(module, instruction)) is not None
     )
     return Times(
-        hlo.flops(module) / chip.flops, hlo.total_bytes(module) / chip.memory_rate, interconnect, step, exposed
+        hlo.flops(module) / chip.flops, traffic.total_bytes(module) / chip.memory_rate, interconnect, step, exposed
     )
 
 
@@ -88,7 +88,7 @@ class _Schedule:
         self.module, self.chip, self.coordinates = module, chip, coordinates
         self._known: dict[str, tuple[float, float]] = {}
 
-    def seconds(self, exchange: hlo.Collective) -> float:
+    def seconds(self, exchange: traffic.Collective) -> float:
         """Of a collective, on the links of the axes that its group spans."""
         axes = self._axes(exchange.group)
         return exchange.bytes / (self.chip.link_rate * min(axes, self.chip.torus) / self.chip.torus)
@@ -126,23 +126,23 @@ class _Schedule:
                 clock += self._own(computation, instruction)
         return clock, exposed
 
-    def _exchange(self, instruction: hlo.Instruction) -> hlo.Collective | None:
+    def _exchange(self, instruction: hlo.Instruction) -> traffic.Collective | None:
         """The collective that an instruction starts, by itself or in a fusion or an asynchronous call."""
-        found = hlo.collective(self.module, instruction)
+        found = traffic.collective(self.module, instruction)
         if found is not None or instruction.opcode not in ("fusion", "async-start"):
             return found
         inside = [
             exchange
             for part, _ in hlo.parts(self.module, instruction)
             for _, i, _ in hlo.walk(self.module, part)
-            if (exchange := hlo.collective(self.module, i)) is not None
+            if (exchange := traffic.collective(self.module, i)) is not None
         ]
         return dataclasses.replace(inside[0], bytes=sum(e.bytes for e in inside)) if inside else None
 
     def _own(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
         work = hlo.own_flops(computation, instruction)
         work += sum(count * hlo.flops(self.module, part) for part, count in hlo.parts(self.module, instruction))
-        moved = hlo.own_bytes(self.module, computation, instruction)
+        moved = traffic.own_bytes(self.module, computation, instruction)
         return max(work / self.chip.flops, moved / self.chip.memory_rate)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from muse_jax import hlo, roofline
+from muse_jax import hlo, roofline, traffic
 
 LOOP = """HloModule m, is_scheduled=true
 
@@ -57,7 +57,7 @@ def test_a_loop_counts_as_often_as_it_runs():
 
 
 def test_collectives_with_the_bytes_that_a_chip_receives():
-    found = hlo.collectives(hlo.parse(LOOP))
+    found = traffic.collectives(hlo.parse(LOOP))
     assert found == {
         "all-gather": {"count": 6, "bytes": 6 * 8 * 8 * 4 * 3 / 4},
         "all-reduce": {"count": 6, "bytes": 6 * 2 * 4 * 4 * 2 * 1 / 2},
@@ -67,16 +67,16 @@ def test_collectives_with_the_bytes_that_a_chip_receives():
 def test_bytes_of_a_sliced_operand_are_those_of_the_slice():
     module = hlo.parse(LOOP)
     body = module.computations["body"]
-    assert hlo.own_bytes(module, body, body.instructions["k"]) == 4 * (4 * 8) + 4 + 4 * (4 * 8)
-    assert hlo.own_bytes(module, body, body.instructions["dot"]) == 4 * (2 * 4 + 4 * 8 + 2 * 8)
-    per_layer = sum(hlo.own_bytes(module, body, i) for i in body.instructions.values())
-    assert hlo.total_bytes(module) == 6 * per_layer
+    assert traffic.own_bytes(module, body, body.instructions["k"]) == 4 * (4 * 8) + 4 + 4 * (4 * 8)
+    assert traffic.own_bytes(module, body, body.instructions["dot"]) == 4 * (2 * 4 + 4 * 8 + 2 * 8)
+    per_layer = sum(traffic.own_bytes(module, body, i) for i in body.instructions.values())
+    assert traffic.total_bytes(module) == 6 * per_layer
 
 
 def test_arrays_in_on_chip_memory_cost_no_main_memory():
     fast = hlo.parse(LOOP.replace("%dot = f32[2,8]{1,0}", "%dot = f32[2,8]{1,0:T(8,128)S(1)}"))
     body = fast.computations["body"]
-    assert hlo.own_bytes(fast, body, body.instructions["dot"]) == 4 * (2 * 4 + 4 * 8)
+    assert traffic.own_bytes(fast, body, body.instructions["dot"]) == 4 * (2 * 4 + 4 * 8)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_arrays_in_on_chip_memory_cost_no_main_memory():
     ],
 )
 def test_groups(text, group):
-    assert hlo._group(text) == group
+    assert traffic._group(text) == group
 
 
 def test_a_product_written_as_a_convolution_counts_what_meets():
@@ -134,7 +134,7 @@ def test_collectives_of_a_real_program():
     split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
     x = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=split)
     module = compiled(lambda x: x.sum(axis=0), x, out_shardings=whole)
-    assert hlo.collectives(module) == {"all-reduce": {"count": 1, "bytes": 16 * 4 * 2 * 7 / 8}}
+    assert traffic.collectives(module) == {"all-reduce": {"count": 1, "bytes": 16 * 4 * 2 * 7 / 8}}
 
 
 # ------------------------------------------------------------------------------------- roofline
