@@ -106,24 +106,30 @@ class _Schedule:
         return self._known[name]
 
     def _run(self, computation: hlo.Computation) -> tuple[float, float]:
-        clock = exposed = links_free = 0.0
-        ends: dict[str, float] = {}
+        clock = exposed = links_free = memory_free = 0.0
+        ends: dict[str, tuple[float, bool]] = {}  # of what goes on meanwhile: when, and whether between chips
         for instruction in computation.instructions.values():
-            exchange = self._exchange(instruction)
+            exchange, own = self._exchange(instruction), self._own(computation, instruction)
+            later = instruction.opcode.endswith("-start")
             if exchange is not None:
                 links_free = max(clock, links_free) + self.seconds(exchange)
-                ends[instruction.name] = links_free
-            if exchange is not None and not instruction.opcode.endswith("-start"):
-                clock, exposed = links_free, exposed + links_free - clock
-            elif instruction.opcode.endswith("-done") and instruction.operands and instruction.operands[0] in ends:
-                end = ends.pop(instruction.operands[0])
-                exposed, clock = exposed + max(0.0, end - clock), max(clock, end)
+                ends[instruction.name] = links_free, True
+                if not later:  # a fusion may compute while it exchanges
+                    exposed += max(0.0, links_free - clock - own)
+                    clock = max(clock + own, links_free)
+            elif later:
+                memory_free = max(clock, memory_free) + own
+                ends[instruction.name] = memory_free, False
+            elif instruction.opcode.endswith("-done") and instruction.operands:
+                end, between_chips = ends.pop(instruction.operands[0], (clock, False))
+                exposed += max(0.0, end - clock) if between_chips else 0.0
+                clock = max(clock, end)
             elif instruction.opcode in ("while", "conditional", "call"):
                 for part, times in hlo.parts(self.module, instruction):
                     inner, waited = self.run(part)
                     clock, exposed = clock + times * inner, exposed + times * waited
-            elif exchange is None:
-                clock += self._own(computation, instruction)
+            else:
+                clock += own
         return clock, exposed
 
     def _exchange(self, instruction: hlo.Instruction) -> traffic.Collective | None:
@@ -140,6 +146,8 @@ class _Schedule:
         return dataclasses.replace(inside[0], bytes=sum(e.bytes for e in inside)) if inside else None
 
     def _own(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
+        if instruction.opcode in ("while", "conditional", "call"):
+            return 0.0
         work = hlo.own_flops(computation, instruction)
         work += sum(count * hlo.flops(self.module, part) for part, count in hlo.parts(self.module, instruction))
         moved = traffic.own_bytes(self.module, computation, instruction)

@@ -22,8 +22,11 @@ def own_bytes(module: hlo.Module, computation: hlo.Computation, instruction: hlo
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done") or _kind(opcode):
         return 0.0
-    if opcode.endswith("-start"):  # copies between memories: what is on the slow side
-        return sum(leaf.bytes for leaf in instruction.leaves[:2] if not leaf.fast)
+    if 'custom_call_target="AllocateBuffer"' in instruction.attributes:
+        return 0.0
+    if opcode.endswith("-start"):  # copies between memories, of a whole or a slice: what is on the slow side
+        sides = instruction.leaves[:2]
+        return sum(not leaf.fast for leaf in sides) * min((leaf.bytes for leaf in sides), default=0.0)
     inner = module.computations.get(instruction.called.get("calls", "")) if opcode == "fusion" else None
     total = 0.0
     for index, name in enumerate(instruction.operands):
@@ -128,8 +131,23 @@ def _group(attributes: str) -> tuple[int, ...]:
         if found.group(4):
             order = order.transpose([int(n) for n in found.group(4).split(",")])
         return tuple(order.reshape(int(found.group(1)), int(found.group(2)))[0].tolist())
+    found = re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", attributes)
+    if found:
+        return _mesh_group(dict(re.findall(r"'([^']+)'=(\d+)", found.group(1))), found.group(2))
     found = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
     return tuple(int(n) for n in found.group(1).split(",")) if found else ()
+
+
+def _mesh_group(axes: dict[str, str], chosen: str) -> tuple[int, ...]:
+    """The group of partition 0 along the chosen axes of a mesh; "axis:(before)size" is a part of one."""
+    places = np.zeros((1,), int)
+    sizes = {name: int(size) for name, size in axes.items()}
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen):
+        after = [size for other, size in sizes.items() if list(sizes).index(other) > list(sizes).index(name)]
+        size = int(part or sizes[name])
+        stride = math.prod(after) * (sizes[name] // (int(before or 1) * size))
+        places = (places[:, None] + stride * np.arange(size)[None, :]).reshape(-1)
+    return tuple(places.tolist())
 
 
 def collectives(module: hlo.Module) -> dict[str, dict[str, float | int]]:

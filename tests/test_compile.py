@@ -106,6 +106,16 @@ def report(tmp_path: pathlib.Path, *arguments: str) -> dict:
 
 @without_libtpu
 @pytest.mark.tpu_compile
+def test_a_run_on_cpu_does_not_touch_libtpu():
+    program = "import jax, muse_jax.compile; jax.devices(); print('libtpu.so' in open('/proc/self/maps').read())"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.strip() == "False", done.stderr[-2000:]
+
+
+@without_libtpu
+@pytest.mark.tpu_compile
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("config", ["base_3b.py", "base_3b.py:precomputed"])
 def test_the_3b_step_on_the_papers_pod(tmp_path, config):

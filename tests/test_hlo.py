@@ -86,6 +86,11 @@ def test_arrays_in_on_chip_memory_cost_no_main_memory():
         ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
         ("replica_groups={{0,3,6},{1,4,7}}", (0, 3, 6)),
         ("source_target_pairs={{0,5},{5,0}}", (0, 5)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}, channel_id=1", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
+        ("replica_groups={}, channel_id=1", ()),
     ],
 )
 def test_groups(text, group):
