@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from muse_jax.models import axes
 
 
-def kernel_init(names: Sequence[str], fan_in_axes: Sequence[int], scale: float = 1.0):
+def kernel_init(names: Sequence[str | None], fan_in_axes: Sequence[int], scale: float = 1.0):
     """Truncated normal of variance scale / fan-in, with the names of the kernel's axes."""
     out_axes = tuple(i for i in range(len(names)) if i not in fan_in_axes)
     init = nn.initializers.variance_scaling(
