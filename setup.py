@@ -58,6 +58,9 @@ setuptools.setup(
         "tqdm>=4.67",
     ],
     extras_require={
+        # For muse_jax.compile: libtpu of the version that this jax asks for. With it installed, set
+        # JAX_PLATFORMS=cpu where jax should not look for a TPU.
+        "tpu_compile": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
         "tpu": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
         "launch": ["xmanager>=0.8.5"],  # launch/xmanager; the other launchers need nothing from PyPI
         "test": [

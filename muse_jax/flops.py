@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from muse_jax import specs
-from muse_jax.models import muse, vqgan
+from muse_jax.models import muse, t5, vqgan
 from muse_jax.models.discriminator import Discriminator
 
 
@@ -72,6 +72,11 @@ def train(spec: specs.Spec, tokenizers: Mapping[str, specs.VQGANSpec]) -> float:
             total += 7 * forward(judge, images)
         return total
     total = 3 * transformer(spec.model, spec.train.batch_size, spec.data.text_length)
+    precomputed = spec.data.name == "precomputed"
+    if not spec.model.text.trainable:
+        total -= (3 - (not precomputed)) * text(spec.model.text, spec.train.batch_size, spec.data.text_length)
+    if precomputed:
+        return total
     tokenizer = tokenizers[spec.task.tokenizer]
     total += encode(tokenizer, images)
     if spec.task.low_tokenizer:
@@ -90,6 +95,12 @@ def forward(module: Any, *args: Any, method: str | None = None) -> float:
 def encode(tokenizer: specs.VQGANSpec, images: Any) -> float:
     """Of pictures to token ids."""
     return forward(vqgan.VQGAN(tokenizer), images, method="tokens")
+
+
+def text(encoder: specs.TextEncoderSpec, batch: int, length: int) -> float:
+    """Of text ids to embeddings."""
+    ids, mask = (jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, bool))
+    return forward(t5.from_spec(encoder), ids, mask)
 
 
 def transformer(model: Any, batch: int, text_length: int) -> float:

@@ -176,7 +176,7 @@ RULES: Mapping[str, Any] = {
 class DataSpec:
     """Where examples come from and what a batch holds."""
 
-    name: str  # "scenes", "folder", "tfds" or "synthetic"
+    name: str  # "scenes", "folder", "tfds", "synthetic", or "precomputed": tokens and text embeddings
     image_size: int
     path: str = ""  # folder: the folder; tfds: its data_dir
     dataset: str = ""  # tfds: name, such as "cifar10" or "oxford_flowers102:2.1.1"
@@ -378,7 +378,7 @@ def _check_misfits(spec: Spec) -> None:
     _positive(spec.train, ("steps", "batch_size", "log_every"), "train")
     _positive(spec.checkpoint, ("every_steps", "keep"), "checkpoint")
     _positive(spec.data, ("image_size",), "data")
-    _one_of(spec.data.name, ("scenes", "folder", "tfds", "synthetic"), "data.name")
+    _one_of(spec.data.name, ("scenes", "folder", "tfds", "synthetic", "precomputed"), "data.name")
     _one_of(spec.data.crop, ("center", "random"), "data.crop")
     _one_of(spec.optimizer.name, ("adamw", "adafactor", "muon"), "optimizer.name")
     _one_of(spec.optimizer.schedule, ("cosine", "constant", "linear"), "optimizer.schedule")

@@ -22,24 +22,29 @@ from muse_jax.training import sharding, trees
 LoadStage = Callable[[str], Any]
 
 
-def build_task(spec: specs.Spec, load_stage: LoadStage) -> protocol.Task:
+def build_task(spec: specs.Spec, load_stage: LoadStage, abstract: bool = False) -> protocol.Task:
     """The task of a spec, with the earlier stages that it needs.
 
     Args:
       load_stage: opens a stage folder (`training.checkpoint.load_stage`).
+      abstract: frozen networks are shapes, and no weights are read; for compiling ahead of time.
 
     Raises:
       SpecError: an earlier stage doesn't fit; the message names the mend.
     """
-    builders: Mapping[type, Callable[[specs.Spec, LoadStage], protocol.Task]] = {
+    builders: Mapping[type, Callable[[specs.Spec, LoadStage, bool], protocol.Task]] = {
         specs.TokenizerTaskSpec: _tokenizer_task,
         specs.TokensTaskSpec: _tokens_task,
     }
-    return builders[type(spec.task)](spec, load_stage)
+    return builders[type(spec.task)](spec, load_stage, abstract)
 
 
-def _tokenizer_task(spec: specs.Spec, load_stage: LoadStage) -> protocol.Task:
+def _tokenizer_task(spec: specs.Spec, load_stage: LoadStage, abstract: bool) -> protocol.Task:
     start = None
+    if abstract:  # what is trained on has the shapes of what is trained
+        image = jax.ShapeDtypeStruct((1, spec.data.image_size, spec.data.image_size, 3), jnp.float32)
+        shapes = jax.eval_shape(lpips.LPIPS().init, jax.random.key(0), image, image)["params"]
+        return TokenizerTask(spec, None, sharding.unbox(shapes) if spec.task.perceptual else None)
     if spec.task.init_from:
         start = _tokenizer(load_stage(spec.task.init_from), "task.init_from").params
         _check_start(spec, start)
@@ -56,7 +61,7 @@ def _check_start(spec: specs.Spec, start: Any) -> None:
         _check_shapes(f"task.init_from {spec.task.init_from!r}: {name}", expected[name], start[name])
 
 
-def _tokens_task(spec: specs.Spec, load_stage: LoadStage) -> protocol.Task:
+def _tokens_task(spec: specs.Spec, load_stage: LoadStage, abstract: bool) -> protocol.Task:
     model = spec.model
     if spec.task.mask_schedule not in schedules.SCHEDULES:
         known = ", ".join(map(repr, schedules.SCHEDULES))
@@ -82,7 +87,7 @@ def _tokens_task(spec: specs.Spec, load_stage: LoadStage) -> protocol.Task:
                     f"picture of {low_side * low.spec.factor} pixels, which does not divide data.image_size "
                     f"{spec.data.image_size}; change one of them."
                 )
-    return TokensTask(spec, tokenizer, low, _text_encoder(model.text, spec.data.text_length))
+    return TokensTask(spec, tokenizer, low, _text_encoder(spec, abstract))
 
 
 def _tokenizer(stage: Any, key: str) -> Tokenizer:
@@ -99,14 +104,22 @@ def _check_codebook(key: str, path: str, tokenizer: Tokenizer, size: int, name: 
         )
 
 
-def _text_encoder(text: specs.TextEncoderSpec, length: int) -> Any:
-    """The frozen text encoder's parameters, or None where it is trained along.
+def _text_encoder(spec: specs.Spec, abstract: bool) -> Any:
+    """The frozen text encoder's parameters, {} where batches have its embeddings, None where it is trained along.
 
-    They are tensors that have not been read yet, in boxes with their axis names: XXL's 4.6B are never
-    whole in one host's memory (see `sharding.place`).
+    They are tensors that have not been read yet: XXL's 4.6B are never whole in one host's memory (see
+    `sharding.place`). As shapes, kernels and tables have the model's dtype, which is what
+    `import_weights --dtype` is for.
     """
+    text = spec.model.text
     if text.trainable:
         return None
+    if spec.data.name == "precomputed":
+        return {}
+    ids = jnp.zeros((1, spec.data.text_length), jnp.int32)
+    expected = jax.eval_shape(t5.from_spec(text).init, jax.random.key(0), ids, ids > 0)["params"]
+    if abstract:
+        return jax.eval_shape(lambda tree: _stored_as(spec.model.dtype, tree), sharding.unbox(expected))
     path = os.path.join(text.weights, weights.PARAMS)
     if not epath.Path(path).exists():
         raise SpecError(f"model.text.weights is {text.weights!r}, but there is no {path}; see third_party/README.md.")
@@ -114,10 +127,17 @@ def _text_encoder(text: specs.TextEncoderSpec, length: int) -> Any:
         params = trees.nest(weights.open_params(text.weights))
     except WeightsError as error:
         raise SpecError(f"model.text.weights {text.weights!r}: {error}") from error
-    ids = jnp.zeros((1, length), jnp.int32)
-    expected = jax.eval_shape(t5.from_spec(text).init, jax.random.key(0), ids, ids > 0)["params"]
     _check_shapes(f"model.text.weights {text.weights!r}", expected, params)
-    return jax.tree.map(lambda box, leaf: box.replace_boxed(leaf), expected, params, is_leaf=sharding.is_box)
+    return params
+
+
+def _stored_as(dtype: str, params: Any) -> Any:
+    """Kernels in the dtype they are multiplied in, and tables too; norms as they are."""
+
+    def stored(name: str, leaf: Any) -> Any:
+        return leaf.astype(jnp.dtype(dtype)) if name.split("/")[-1] in ("kernel", "embedding") else leaf
+
+    return trees.map_named(stored, params)
 
 
 def _check_shapes(what: str, expected: Any, found: Any) -> None:

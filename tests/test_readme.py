@@ -20,6 +20,7 @@ ELSEWHERE = {
     "python -m muse_jax.quickstart --variant=long --workdir=runs/long": "tests/test_configs.py",
     "python docs/emoji.py runs/emoji-pictures": "tests/docs/test_emoji.py",
     "pytest": ".ci/run",
+    "python -m muse_jax.compile --config=configs/base_3b.py --topology=v4:4x8x8": "tests/test_compile.py",
 }
 SLOW = ("--configs=configs/pictures", "muse_jax.benchmark")  # words of commands that take half a minute and more
 

@@ -51,6 +51,8 @@ def make_source(spec: DataSpec, split: str = "train") -> Any:
         from muse_jax.data.synthetic import SyntheticSource
 
         return SyntheticSource(spec, split)
+    if spec.name == "precomputed":
+        raise ValueError("data.name is 'precomputed': such runs can be compiled, but nothing reads their data yet.")
     raise ValueError(f"data.name is {spec.name!r}; expected 'scenes', 'folder', 'tfds' or 'synthetic'.")
 
 

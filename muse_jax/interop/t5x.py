@@ -113,15 +113,18 @@ def convert(path: str) -> folder.Converted:
     place = epath.Path(path)
     target = _target(place)
     found: dict[str, Any] = {}
-    for keys, value in traverse_util.flatten_dict(dict(target), keep_empty_nodes=True, is_leaf=_is_leaf).items():
-        name = ".".join(("target", *map(str, keys)))
+    flat = traverse_util.flatten_dict(dict(target), keep_empty_nodes=True, is_leaf=_is_leaf)
+    named = {keys: ".".join(("target", *map(str, keys))) for keys in flat}
+    for keys, value in flat.items():
+        name = named[keys]
         if keys[0] not in _ENCODER:
             continue
         if isinstance(value, np.ndarray):
             found[name] = _HeldTensor(name, value)
         elif isinstance(value, Mapping) and "driver" in value:
             if "/" in name or not (place / name).is_dir():
-                near = difflib.get_close_matches(name, [folder.name for folder in place.iterdir()], 1, 0.9)
+                others = [folder.name for folder in place.iterdir() if folder.name not in named.values()]
+                near = difflib.get_close_matches(name, others, n=1)
                 found_instead = f"; it has {near[0]}" if near else ""
                 raise WeightsError(f"{path} lacks the tensor {name}; expected a folder of this name{found_instead}.")
             found[name] = _ZarrTensor(place, name)

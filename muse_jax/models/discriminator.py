@@ -54,7 +54,8 @@ class Discriminator(nn.Module):
         return logits[..., 0].astype(jnp.float32)
 
     def _convolution(self, features: int, stride: int, use_bias: bool, name: str) -> nn.Conv:
-        names = (axes.ROWS, axes.COLUMNS, axes.CHANNELS_IN, axes.CHANNELS_OUT)
+        out = axes.CHANNELS_OUT if features > 1 else None  # one logit can't be split
+        names = (axes.ROWS, axes.COLUMNS, axes.CHANNELS_IN, out)
         return nn.Conv(
             features,
             (4, 4),
@@ -63,7 +64,7 @@ class Discriminator(nn.Module):
             dtype=jnp.dtype(self.dtype),
             # Isola et al., section 3.3.
             kernel_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), names),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axes.CHANNELS_OUT,)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (out,)),
             name=name,
         )
 

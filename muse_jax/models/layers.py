@@ -1,5 +1,6 @@
 """Layers that the transformers are put together from. Parameters carry logical axis names."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from muse_jax.models import axes
 
 
-def kernel_init(names: Sequence[str], fan_in_axes: Sequence[int], scale: float = 1.0):
+def kernel_init(names: Sequence[str | None], fan_in_axes: Sequence[int], scale: float = 1.0):
     """Truncated normal of variance scale / fan-in, with the names of the kernel's axes."""
     out_axes = tuple(i for i in range(len(names)) if i not in fan_in_axes)
     init = nn.initializers.variance_scaling(
@@ -31,6 +33,47 @@ def product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array
     return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def gathered(kernel: Float[Array, "*s"], names: Sequence[str | None], dtype: Any) -> Float[Array, "*s"]:
+    """The kernel in `dtype`, whole along the mesh axes that split the batch, as it is multiplied.
+
+    Parameters are stored split over those axes too. Said here, each kernel travels once a step, in the
+    dtype of the products, and is kept for the backward pass; its gradient comes back split as the kernel
+    is stored, so that chips sum and share it out in one exchange. Left to XLA, what is split may be the
+    activations instead.
+
+    Args:
+      names: the logical axes of the kernel.
+    """
+    kernel = kernel.astype(dtype)
+    rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+    if not rules or mesh.size == 1:
+        return kernel
+    stored = nn.logical_to_mesh_axes(names)
+    batch = _mesh_axes(nn.logical_to_mesh_axes((axes.BATCH,))[0])
+    kept = [tuple(axis for axis in _mesh_axes(entry) if axis not in batch) or None for entry in stored]
+    return _gather(kernel, stored, PartitionSpec(*kept))
+
+
+def _mesh_axes(entry: Any) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(kernel: Any, stored: PartitionSpec, whole: PartitionSpec) -> Any:
+    return jax.lax.with_sharding_constraint(kernel, whole)
+
+
+def _gather_forward(kernel: Any, stored: PartitionSpec, whole: PartitionSpec) -> tuple[Any, None]:
+    return _gather(kernel, stored, whole), None
+
+
+def _gather_backward(stored: PartitionSpec, whole: PartitionSpec, _: None, cotangent: Any) -> tuple[Any]:
+    return (jax.lax.with_sharding_constraint(cotangent, stored),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
 class Dense(nn.Module):
     """``x @ kernel`` over the last axis; no bias unless asked for."""
 
@@ -43,7 +86,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", kernel_init(self.names, (0,), self.scale), (x.shape[-1], self.features))
-        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(x.astype(self.dtype), gathered(kernel, self.names, self.dtype))
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.names[1:])
             y = y + self.param("bias", init, (self.features,)).astype(self.dtype)
@@ -74,8 +117,9 @@ class HeadProjection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b h d"]:
-        init = kernel_init((axes.EMBED, axes.HEADS, axes.HEAD_DIM), (0,))
-        kernel = self.param("kernel", init, (x.shape[-1], self.heads, self.head_dim)).astype(self.dtype)
+        names = (axes.EMBED, axes.HEADS, axes.HEAD_DIM)
+        kernel = self.param("kernel", kernel_init(names, (0,)), (x.shape[-1], self.heads, self.head_dim))
+        kernel = gathered(kernel, names, self.dtype)
         flat = product(x.astype(self.dtype), kernel.reshape(x.shape[-1], -1))
         return flat.reshape(*x.shape[:-1], self.heads, self.head_dim)
 
@@ -89,8 +133,9 @@ class OutProjection(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b h d"]) -> Float[Array, "*b o"]:
-        init = kernel_init((axes.HEADS, axes.HEAD_DIM, axes.EMBED), (0, 1), self.scale)
-        kernel = self.param("kernel", init, (*x.shape[-2:], self.features)).astype(self.dtype)
+        names = (axes.HEADS, axes.HEAD_DIM, axes.EMBED)
+        kernel = self.param("kernel", kernel_init(names, (0, 1), self.scale), (*x.shape[-2:], self.features))
+        kernel = gathered(kernel, names, self.dtype)
         flat = x.astype(self.dtype).reshape(*x.shape[:-2], -1)
         return product(flat, kernel.reshape(-1, self.features))
 

@@ -25,8 +25,10 @@ class TokenEmbedding(nn.Module):
     @nn.compact
     def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n i"]:
         normal = nn.initializers.normal(1.0)
+        # Codes and the mask id are an odd number of rows, which no mesh axis divides: named as positions
+        # are, tables that are split along the width only.
         table = self.param(
-            "tokens", nn.with_logical_partitioning(normal, (axes.VOCAB, axes.EMBED)), (self.vocabulary, self.width)
+            "tokens", nn.with_logical_partitioning(normal, (axes.POSITIONS, axes.EMBED)), (self.vocabulary, self.width)
         )
         sides = [
             self.param(name, nn.with_logical_partitioning(normal, (axes.POSITIONS, axes.EMBED)), (side, self.width))

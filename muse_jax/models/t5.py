@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from muse_jax.models import axes
+from muse_jax.models import axes, layers
 
 # Added to the logits of keys that may not be seen. Far below any logit, so that their weight is
 # exactly 0 in float32, and finite, so that a row that may see nothing does not become NaN.
@@ -74,7 +74,7 @@ class _Projection(nn.Module):
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         # Flat, because the kernel's gradient is then a product of two matrices (see layers.product).
         flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = jnp.dot(flat, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        y = jnp.dot(flat, layers.gathered(kernel, self.names, self.dtype), preferred_element_type=jnp.float32)
         return y.astype(self.out_dtype or self.dtype).reshape(*x.shape[:-1], self.features)
 
 

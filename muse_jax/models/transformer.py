@@ -40,7 +40,8 @@ class MemoryProjection(nn.Module):
             init = nn.initializers.variance_scaling(
                 1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=(2, 3), batch_axis=(0,)
             )
-            kernel = self.param(name, nn.with_logical_partitioning(init, names), shape).astype(self.dtype)
+            kernel = self.param(name, nn.with_logical_partitioning(init, names), shape)
+            kernel = layers.gathered(kernel, names, self.dtype)
             projected.append(jnp.einsum("bmi,lihd->lbmhd", x.astype(self.dtype), kernel))
         keys, values = projected
         if self.qk_norm:

@@ -16,17 +16,18 @@ class Conv(nn.Module):
     size: int = 3
     stride: int = 1
     dtype: jnp.dtype = jnp.float32
+    name_of_features: str | None = axes.CHANNELS_OUT  # None: too few to be split
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
-        names = (axes.ROWS, axes.COLUMNS, axes.CHANNELS_IN, axes.CHANNELS_OUT)
+        names = (axes.ROWS, axes.COLUMNS, axes.CHANNELS_IN, self.name_of_features)
         return nn.Conv(
             self.features,
             (self.size, self.size),
             (self.stride, self.stride),
             dtype=self.dtype,
             kernel_init=layers.kernel_init(names, (0, 1, 2)),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axes.CHANNELS_OUT,)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (self.name_of_features,)),
             name="conv",
         )(x)
 
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
                 name = f"level{level}_block{i}"
                 x = ResBlock(s.channels * multiplier, s.encoder_kernel, s.normalization, dtype, name=name)(x)
         x = nn.swish(Norm(s.normalization, name="norm")(x))
-        return Conv(s.code_dim, 1, dtype=dtype, name="latents")(x)
+        return Conv(s.code_dim, 1, dtype=dtype, name_of_features=axes.CODE, name="latents")(x)
 
 
 class Decoder(nn.Module):
@@ -118,7 +119,7 @@ class Decoder(nn.Module):
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = Conv(x.shape[-1], dtype=dtype, name=f"level{level}_up")(x)
         x = nn.swish(Norm(s.normalization, name="norm")(x))
-        x = Conv(3 * s.stem_patch**2, dtype=dtype, name="pixels")(x).astype(jnp.float32)
+        x = Conv(3 * s.stem_patch**2, dtype=dtype, name_of_features=None, name="pixels")(x).astype(jnp.float32)
         return depth_to_space(x, s.stem_patch) if s.stem_patch > 1 else x
 
 

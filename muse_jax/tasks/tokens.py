@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from muse_jax import specs
-from muse_jax.models import vqgan
+from muse_jax.models import t5, vqgan
 from muse_jax.models.muse import TokenTransformer
 from muse_jax.sampling import guidance, sampler, schedules
 from muse_jax.tasks import corruption, losses
@@ -50,7 +50,7 @@ class TokensTask:
         """Args:
           tokenizer: of the predicted tokens.
           low_tokenizer: super-resolution only.
-          text_encoder: frozen parameters; None where the text encoder is trained along.
+          text_encoder: frozen parameters, {} where batches have its embeddings; None where it is trained along.
 
         Raises:
           SpecError: if the config's `sample` section can't be sampled with: better now than at the first preview.
@@ -84,9 +84,18 @@ class TokensTask:
         return params
 
     def frozen(self) -> Params:
-        """See `Task.frozen`."""
-        networks = {name: tokenizer.params for name, tokenizer in self.tokenizers.items()}
-        return networks | ({} if self.text_encoder is None else {"text_encoder": self.text_encoder})
+        """See `Task.frozen`. In boxes with their axes' names, so that they are split over the mesh too."""
+        networks = {}
+        for name, tokenizer in self.tokenizers.items():
+            side = tokenizer.spec.factor
+            boxes = jax.eval_shape(vqgan.VQGAN(tokenizer.spec).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
+            networks[name] = _boxed(boxes["params"], tokenizer.params)
+        if self.text_encoder is not None:
+            ids = jnp.zeros((1, 1), jnp.int32)
+            encoder = t5.from_spec(self.spec.model.text)
+            boxes = jax.eval_shape(encoder.init, jax.random.key(0), ids, ids > 0)["params"]
+            networks["text_encoder"] = _boxed(boxes, self.text_encoder) if self.text_encoder else {}
+        return networks
 
     def labels(self, params: Params) -> Params:
         """ "embeddings" for the tables that are looked up, "model" for the rest."""
@@ -261,6 +270,13 @@ class TokensTask:
             {"params": frozen["tokenizer"]}, tokens.reshape(-1, *model.grid), method="decode_tokens"
         )
         return vqgan.to_uint8(images)
+
+
+def _boxed(boxes: Params, values: Params) -> Params:
+    """`values` in the metadata boxes of `boxes`."""
+    return jax.tree.map(
+        lambda box, value: box.replace_boxed(value), boxes, values, is_leaf=lambda x: hasattr(x, "replace_boxed")
+    )
 
 
 def _projected(embedding: Params, tokenizer: Tokenizer, key: jax.Array) -> Params:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.core import meta as flax_meta
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from muse_jax.specs import MeshSpec, Spec, SpecError
 from muse_jax.training import trees
@@ -63,7 +63,7 @@ def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Me
 
 
 @contextlib.contextmanager
-def layout(mesh: Mesh, rules: Rules) -> Iterator[None]:
+def layout(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
     """What models are traced under, so that their constraints on activations take effect.
 
     With `with mesh:` instead of `jax.set_mesh`, Flax would drop every constraint silently.
@@ -99,7 +99,7 @@ class _Names:
 
 
 def partition_spec(
-    name: str, shape: Sequence[int], axes: Sequence[str | None], rules: Rules, mesh: Mesh
+    name: str, shape: Sequence[int], axes: Sequence[str | None], rules: Rules, mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
     """The mesh axes of one parameter. A mesh axis is used once: by the first logical axis that claims it.
 
@@ -132,7 +132,7 @@ def partition_spec(
     return PartitionSpec(*spec)
 
 
-def param_specs(boxes: Any, rules: Rules, mesh: Mesh) -> dict[str, PartitionSpec]:
+def param_specs(boxes: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> dict[str, PartitionSpec]:
     """{name: PartitionSpec} of boxed parameters (arrays or shapes)."""
     axes = axis_names(boxes)
     leaves = trees.named_leaves(unbox(boxes))
@@ -174,18 +174,18 @@ def _state_spec(path: Sequence[str], shape: tuple, param: tuple, spec: Partition
     return PartitionSpec(*kept)
 
 
-def shardings(tree: Any, specs: Mapping[str, PartitionSpec], mesh: Mesh) -> Any:
+def shardings(tree: Any, specs: Mapping[str, PartitionSpec], mesh: Mesh | AbstractMesh) -> Any:
     """A tree like `tree` of NamedShardings."""
     return trees.map_named(lambda name, _: NamedSharding(mesh, specs[name]), tree)
 
 
-def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, rules: Rules) -> NamedSharding:
     """Examples are split over the mesh axes of rules["batch"], by default data and fsdp."""
     axes = rules.get(BATCH, ("data", "fsdp"))
     return NamedSharding(mesh, PartitionSpec(axes if isinstance(axes, str) else tuple(axes or ())))
 
 
-def check_batch(spec: Spec, mesh: Mesh) -> None:
+def check_batch(spec: Spec, mesh: Mesh | AbstractMesh) -> None:
     """Raises SpecError if the devices don't divide a micro-batch."""
     parts = batch_sharding(mesh, spec.rules).spec[0] or ()
     ways = math.prod(mesh.shape[a] for a in ((parts,) if isinstance(parts, str) else parts))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from muse_jax.specs import Spec
 from muse_jax.training import optimizer as optimizers
@@ -53,7 +53,7 @@ class Program:
       state, frozen: trees of ShapeDtypeStructs with shardings.
     """
 
-    def __init__(self, spec: Spec, task: Any, mesh: Mesh, frozen: Any):
+    def __init__(self, spec: Spec, task: Any, mesh: Mesh | AbstractMesh, frozen: Any):
         self.spec, self.task, self.mesh = spec, task, mesh
         sharding.check_batch(spec, mesh)
         boxes = jax.eval_shape(task.init, stream_key(spec.seed, INIT))

@@ -1,0 +1,112 @@
+"""Muse's base model, 3B: 16x16 tokens of 8192 codes from a text (section 2.3, appendix's base table).
+
+    python -m muse_jax.compile --config=configs/base_3b.py --topology=v4:4x8x8
+    python -m muse_jax.train --config=configs/base_3b.py --workdir=runs/base_3b
+
+Section 3: about a week on 512 cores (256 chips) of TPU v4 for 1M steps, 0.6 s a step; the first command prints
+its estimate of ours. Variants: "" (tokens and text embeddings are made in the step, by the frozen VQGAN and the
+frozen T5-XXL), "precomputed" (they are read from the data).
+"""
+
+import ml_collections
+
+from muse_jax import specs
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The config; see the variants above."""
+    if variant not in ("", "precomputed"):
+        raise ValueError(f"unknown variant {variant!r}; expected '' or 'precomputed'.")
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.task = dict(
+        name="tokens",
+        tokenizer="runs/vqgan_f16_256",  # section 2.2: the f=16 tokenizer
+        low_tokenizer="",
+        text_dropout=0.1,  # section 2.7
+        label_smoothing=0.1,  # not in the paper; MaskGIT's, by the same authors
+        mask_schedule="cosine",  # section 2.6
+        min_mask_ratio=0.0,  # section 2.6: none
+        visible_weight=0.0,  # section 2.6: loss on masked tokens only
+        low_corruption=0.0,
+        codebook_init=False,  # not in the paper
+    )
+    config.model = dict(
+        name="base",
+        codebook_size=8192,  # VQGAN table
+        grid=(16, 16),  # section 2.2: 256 / 16
+        layers=48,  # base table
+        width=2048,  # base table
+        heads=16,  # not in the paper; 128 wide, the side of a TPU's matrix unit
+        mlp_width=8192,  # base table
+        text=dict(  # section 2.1: T5-XXL's encoder, 4.6B; T5 1.1's published sizes
+            vocabulary_size=32128,
+            layers=24,
+            width=4096,
+            heads=64,
+            head_dim=64,
+            mlp_width=10240,
+            position_buckets=32,
+            position_max_distance=128,
+            dropout=0.0,  # it is not trained
+            gated=True,
+            trainable=False,  # section 2.1: frozen
+            weights="weights/t5_xxl",
+        ),
+        dropout=0.0,  # not in the paper; few of 460M pairs are seen twice
+        qk_norm=True,  # not in the paper; keeps bfloat16's attention from saturating in so deep a model
+        relative_positions=False,  # section 2.3: learned absolute positions
+        remat="none",  # 2 examples a chip: what the backward pass needs fits, so that nothing is computed twice
+        unroll=1,
+        dtype="bfloat16",  # of products; parameters, norms, softmax and the optimizer are float32
+    )
+    config.data = dict(
+        name="folder",
+        path="data/pairs",  # not in the paper: 460M pairs of its own (section 3)
+        image_size=256,  # section 2.2
+        text_length=128,  # not in the paper; Imagen's, which reads T5-XXL too
+        vocabulary="weights/t5/spiece.model",
+        crop="random",
+        flip=False,  # captions say left and right
+        workers=16,  # of the 240 cores that a v4 host has
+        prefetch=2,
+    )
+    config.optimizer = dict(
+        name="adafactor",  # base table
+        learning_rate=1e-4,  # base table
+        schedule="cosine",  # base table
+        final_scale=0.0,
+        warmup_steps=5_000,  # base table
+        b1=0.9,  # base table
+        b2=0.96,  # base table
+        weight_decay=0.045,  # base table
+        clip_norm=0.0,  # not in the paper; Adafactor clips each parameter's update
+        accumulate=1,
+        ema_decay=0.0,  # section 3: none while training; muse_jax.average afterwards
+    )
+    # A chip trains on 2 examples and holds 1/256 of everything that is trained.
+    config.mesh = dict(data=-1, fsdp=32, tensor=1, slices=1)
+    config.rules = dict(specs.RULES)
+    config.rules.update(mlp="data", heads="data", vocab="data")
+    config.train = dict(
+        steps=1_500_000,  # base table; section 3 says 1M
+        batch_size=512,  # base table
+        log_every=100,
+        eval_every=5_000,  # with the checkpoints
+        eval_batches=8,
+        sample_every=5_000,
+    )
+    config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
+    config.sample = dict(
+        num_inference_steps=24,  # section 2.8
+        schedule="cosine",  # section 2.8
+        guidance_scale=8.0,  # not in the paper
+        guidance_ramp="linear",  # section 2.7
+        token_temperature=1.0,  # not in the paper
+        choice_temperature=4.5,  # not in the paper; MaskGIT's
+        top_k=0,
+        top_p=1.0,
+    )
+    if variant == "precomputed":
+        config.data.update(name="precomputed", path="data/precomputed", crop="center")
+    return config.lock()

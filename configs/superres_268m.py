@@ -1,0 +1,110 @@
+"""Muse's smaller super-resolution model, 268M, which the paper trained on CC3M (section 3.1).
+
+    python -m muse_jax.compile --config=configs/superres_268m.py --topology=v4:4x8x8
+    python -m muse_jax.train --config=configs/superres_268m.py --workdir=runs/superres_268m
+
+The paper gives this model's number of parameters and not its shape; training is that of superres_512 (appendix's
+super-resolution table).
+"""
+
+import ml_collections
+
+from muse_jax import specs
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The config."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.task = dict(
+        name="tokens",
+        tokenizer="runs/vqgan_f8_512",  # section 2.2: the f=8 tokenizer
+        low_tokenizer="runs/vqgan_f16_256",
+        text_dropout=0.1,  # section 2.7
+        label_smoothing=0.1,  # not in the paper; MaskGIT's, by the same authors
+        mask_schedule="cosine",  # section 2.6
+        min_mask_ratio=0.0,  # section 2.6: none
+        visible_weight=0.0,  # section 2.6: loss on masked tokens only
+        low_corruption=0.1,  # not in the paper; so that it stands the base model's mistakes
+        codebook_init=False,  # not in the paper
+    )
+    config.model = dict(
+        name="superres",
+        codebook_size=8192,  # VQGAN table
+        grid=(64, 64),  # section 2.2: 512 / 8
+        low_codebook_size=8192,  # VQGAN table
+        low_grid=(16, 16),  # base_3b's
+        low_layers=8,
+        layers=20,  # the paper gives no shape of this size: 20 + 8 layers of 768 make 268M
+        width=768,  # as above
+        heads=6,  # not in the paper; 128 wide, the side of a TPU's matrix unit
+        mlp_width=3072,  # 4 times the width
+        block=(8, 8),  # not in the paper: 64 blocks of 64 tokens, so that both axes of attention see 64
+        text=dict(  # section 2.1: T5-XXL's encoder, 4.6B; T5 1.1's published sizes
+            vocabulary_size=32128,
+            layers=24,
+            width=4096,
+            heads=64,
+            head_dim=64,
+            mlp_width=10240,
+            position_buckets=32,
+            position_max_distance=128,
+            dropout=0.0,  # it is not trained
+            gated=True,
+            trainable=False,  # section 2.1: frozen
+            weights="weights/t5_xxl",
+        ),
+        dropout=0.0,  # not in the paper; to be raised if the held-out loss turns up: CC3M is seen many times
+        qk_norm=True,  # not in the paper; keeps bfloat16's attention from saturating in so deep a model
+        relative_positions=False,  # section 2.4: learned absolute positions
+        remat="none",
+        unroll=1,
+        dtype="bfloat16",  # of products; parameters, norms, softmax and the optimizer are float32
+    )
+    config.data = dict(
+        name="folder",
+        path="data/cc3m",  # section 3.1
+        image_size=512,  # section 2.2
+        text_length=128,  # not in the paper; Imagen's, which reads T5-XXL too
+        vocabulary="weights/t5/spiece.model",
+        crop="random",
+        flip=False,  # captions say left and right
+        workers=16,  # of the 240 cores that a v4 host has
+        prefetch=2,
+    )
+    config.optimizer = dict(
+        name="adafactor",  # super-resolution table
+        learning_rate=1e-4,  # super-resolution table
+        schedule="cosine",  # super-resolution table
+        final_scale=0.0,
+        warmup_steps=5_000,  # super-resolution table
+        b1=0.9,  # super-resolution table
+        b2=0.96,  # super-resolution table
+        weight_decay=0.045,  # super-resolution table
+        clip_norm=0.0,  # not in the paper; Adafactor clips each parameter's update
+        accumulate=1,
+        ema_decay=0.0,  # section 3: none while training; muse_jax.average afterwards
+    )
+    # 8 chips together hold what is trained and T5-XXL, an eighth each: less to gather than with more of them.
+    config.mesh = dict(data=-1, fsdp=8, tensor=1, slices=1)
+    config.rules = dict(specs.RULES)
+    config.train = dict(
+        steps=1_000_000,  # super-resolution table
+        batch_size=512,  # super-resolution table
+        log_every=100,
+        eval_every=5_000,  # with the checkpoints
+        eval_batches=8,
+        sample_every=5_000,
+    )
+    config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
+    config.sample = dict(
+        num_inference_steps=8,  # section 2.8
+        schedule="cosine",  # section 2.8
+        guidance_scale=8.0,  # not in the paper
+        guidance_ramp="linear",  # section 2.7
+        token_temperature=1.0,  # not in the paper
+        choice_temperature=4.5,  # not in the paper; MaskGIT's
+        top_k=0,
+        top_p=1.0,
+    )
+    return config.lock()

@@ -1,0 +1,99 @@
+"""A run without its data, weights and devices: everything as shapes, for what is said of it ahead of time.
+
+Earlier stages are read from their folders where these are there. Where they aren't yet, `runs/NAME` is
+taken to be what the config NAME.py beside the run's own config would train.
+"""
+
+import importlib.util
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from muse_jax import specs, stages
+from muse_jax.models import vqgan
+from muse_jax.training import sharding, stage, step
+
+V4_POD_CHIPS = 256  # the 512 cores of Muse, section 3; where no number of chips is given
+
+
+def read_config(path: str | os.PathLike[str]) -> Any:
+    """The config of a file, "FILE.py" or "FILE.py:variant"."""
+    file, _, variant = os.fspath(path).partition(":")
+    if not os.path.isfile(file):
+        raise specs.SpecError(f"there is no config {file}.")
+    found = importlib.util.spec_from_file_location("muse_jax_config", file)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def stage_spec(path: str, configs: pathlib.Path) -> specs.Spec:
+    """The spec of a stage: of its folder, or of the config of its name in the folder `configs`.
+
+    Raises:
+      specs.SpecError: if there is neither.
+    """
+    if os.path.exists(os.path.join(path, stage.CONFIG)):
+        return stage.read_description(path)[0]
+    config = configs / f"{pathlib.PurePath(path).name}.py"
+    if not config.is_file():
+        raise specs.SpecError(f"there is no stage {path}, and no config {config} that would train it.")
+    return specs.from_config(read_config(config))
+
+
+def load_stage(path: str, configs: pathlib.Path) -> stage.Stage:
+    """A tokenizer stage whose parameters are shapes."""
+    spec = stage_spec(path, configs)
+    params = {}
+    if isinstance(spec.model, specs.VQGANSpec):
+        image = jax.ShapeDtypeStruct((1, spec.model.factor, spec.model.factor, 3), jnp.float32)
+        params = jax.eval_shape(vqgan.VQGAN(spec.model).init, jax.random.key(0), image)["params"]
+    return stage.Stage(spec, sharding.unbox(params), None, path, 0)
+
+
+def tokenizers(spec: specs.Spec, configs: pathlib.Path) -> dict[str, specs.VQGANSpec]:
+    """{path: spec} of the tokenizers that a run reads."""
+    paths = [getattr(spec.task, name, "") for name in ("tokenizer", "low_tokenizer")]
+    return {path: stage_spec(path, configs).model for path in paths if path}
+
+
+def program(spec: specs.Spec, mesh: Any, configs: pathlib.Path) -> step.Program:
+    """The program that `train` would run on the mesh, which may be an `AbstractMesh`."""
+    task = stages.build_task(spec, lambda path: load_stage(path, configs), abstract=True)
+    return step.Program(spec, task, mesh, task.frozen())
+
+
+def abstract_mesh(spec: specs.MeshSpec, chips: int = V4_POD_CHIPS) -> AbstractMesh:
+    """The mesh of so many chips, which need not exist."""
+    sizes = [spec.data, spec.fsdp, spec.tensor]
+    given = math.prod(size for size in sizes if size > 0)
+    if -1 in sizes:
+        if chips % given:
+            raise specs.SpecError(f"mesh axes of {given} devices don't divide {chips} chips; change mesh.")
+        sizes[sizes.index(-1)] = chips // given
+    return AbstractMesh(tuple(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def batch(spec: specs.Spec) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """A batch as the loader makes it."""
+    size, length, side = spec.train.batch_size, spec.data.text_length, spec.data.image_size
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"example_id": ((size,), jnp.int32)}
+    text = {"text_mask": ((size, length), bool)}
+    if spec.data.name == "precomputed":
+        low, high = (spec.model.grid, None) if isinstance(spec.model, specs.BaseSpec) else (spec.model.low_grid, 1)
+        shapes["low_tokens"] = ((size, low[0] * low[1]), jnp.int32)
+        if high:
+            shapes["high_tokens"] = ((size, spec.model.grid[0] * spec.model.grid[1]), jnp.int32)
+        # As they are stored: T5's float32 embeddings would double the data for nothing.
+        shapes |= text | {"text_embeddings": ((size, length, spec.model.text.width), jnp.bfloat16)}
+    else:
+        shapes["image"] = ((size, side, side, 3), jnp.uint8)
+        if length:
+            shapes |= text | {"text_ids": ((size, length), jnp.int32)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}

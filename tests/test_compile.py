@@ -1,0 +1,162 @@
+"""Ahead-of-time compilation: the report's arithmetic here; with libtpu, the big configs for TPU topologies."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from muse_jax import ahead, compile, flops, roofline, specs
+from muse_jax.training import sharding
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+SECTIONS = {
+    "chip": ("argument_bytes", "temporary_bytes", "total_bytes", "memory_bytes"),
+    "flops": ("model", "program", "recomputed_share"),
+    "estimate": ("compute_s", "memory_s", "interconnect_s", "step_s", "utilisation", "days_1m_steps"),
+}
+without_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install muse_jax[tpu_compile]"
+)
+
+
+def spec_of(config: str) -> specs.Spec:
+    return specs.from_config(ahead.read_config(CONFIGS / config))
+
+
+def test_recomputation_is_what_the_program_does_beyond_the_model():
+    assert compile.work(3.0, 4.0) == {"model": 3.0, "program": 4.0, "recomputed_share": 0.25}
+    assert compile.work(4.0, 3.9)["recomputed_share"] == 0.0
+
+
+def test_a_report_of_utilisation_and_days():
+    chip = roofline.CHIPS["v4"]
+    times = roofline.Times(compute=0.05, memory=0.02, interconnect=0.03, step=0.0864, exposed=0.01)
+    found = roofline.report(times, 0.0432 * 275e12 * 256, chip, 256)
+    assert found["binds"] == "compute"
+    assert found["utilisation"] == pytest.approx(0.5)
+    assert found["days_1m_steps"] == pytest.approx(1.0)
+
+
+def test_a_frozen_text_encoder_counts_one_forward_pass_and_a_precomputed_one_none():
+    online, ready = spec_of("base_3b.py"), spec_of("base_3b.py:precomputed")
+    tokenizers = ahead.tokenizers(online, CONFIGS)
+    text = flops.text(online.model.text, 512, online.data.text_length)
+    images = jax.ShapeDtypeStruct((512, 256, 256, 3), jnp.float32)
+    encode = flops.encode(tokenizers[online.task.tokenizer], images)
+    assert flops.train(online, tokenizers) == pytest.approx(flops.train(ready, {}) + text + encode)
+    # 6 FLOPs a parameter and token are a third of what remains too little only: attention and the memory's text
+    assert 6 * 2.8e9 * 512 * 256 < flops.train(ready, {}) < 6 * 3.7e9 * 512 * 256
+
+
+def test_stages_that_are_not_there_yet_are_those_of_the_configs_beside():
+    found = ahead.tokenizers(spec_of("superres_512.py"), CONFIGS)
+    assert [spec.factor for spec in found.values()] == [8, 16]
+    with pytest.raises(specs.SpecError, match="nowhere"):
+        ahead.stage_spec("runs/nowhere", CONFIGS)
+
+
+def test_meshes_of_chips_that_need_not_exist():
+    spec = spec_of("base_3b.py").mesh
+    assert dict(ahead.abstract_mesh(spec, 256).shape) == {"data": 8, "fsdp": 32, "tensor": 1}
+    with pytest.raises(specs.SpecError, match="100 chips"):
+        ahead.abstract_mesh(spec, 100)
+
+
+def test_frozen_networks_are_split_over_the_mesh():
+    program = ahead.program(spec_of("base_3b.py"), ahead.abstract_mesh(spec_of("base_3b.py").mesh), CONFIGS)
+    text = program.frozen["text_encoder"]["encoder"]["layers"]["mlp"]["wi_0"]["kernel"]
+    assert text.dtype == jnp.bfloat16
+    assert text.sharding.shard_shape(text.shape) == (24, 4096 // 32, 10240 // 8)
+    leaves = jax.tree.leaves(program.frozen)
+    here = sum(jnp.dtype(x.dtype).itemsize * int(jnp.prod(jnp.array(x.sharding.shard_shape(x.shape)))) for x in leaves)
+    assert here < 0.02 * sum(x.size * x.dtype.itemsize for x in leaves)
+    assert program.mesh.axis_names == sharding.AXES
+
+
+def test_an_unknown_chip_is_refused():
+    with pytest.raises(specs.SpecError, match="v5p"):
+        compile.topology_devices("v3:4x4")
+
+
+# ------------------------------------------------------------------------------------- with libtpu
+
+
+def report(tmp_path: pathlib.Path, *arguments: str) -> dict:
+    """What the command writes."""
+    file = tmp_path / "report.json"
+    # The tests' other programs are compiled without optimizations; this one is looked at for them.
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")}
+    command = [sys.executable, "-m", "muse_jax.compile", f"--json={file}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "estimate" in done.stdout
+    found = json.loads(file.read_text())
+    for section, keys in SECTIONS.items():
+        assert set(keys) <= set(found[section])
+    assert found["chip"]["total_bytes"] < found["chip"]["memory_bytes"]
+    return found
+
+
+@without_libtpu
+@pytest.mark.tpu_compile
+def test_a_run_on_cpu_does_not_touch_libtpu():
+    program = "import jax, muse_jax.compile; jax.devices(); print('libtpu.so' in open('/proc/self/maps').read())"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.strip() == "False", done.stderr[-2000:]
+
+
+@without_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("config", ["base_3b.py", "base_3b.py:precomputed"])
+def test_the_3b_step_on_the_papers_pod(tmp_path, config):
+    found = report(tmp_path, f"--config=configs/{config}", "--topology=v4:4x8x8")
+    assert found["chips"] == 256
+    assert found["chip"]["total_bytes"] < found["chip"]["memory_bytes"] * 2 / 3
+    assert found["flops"]["recomputed_share"] < 0.15
+    assert found["estimate"]["step_s"] < 0.12
+    assert not found["unknown_loops"]
+
+
+@without_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "config",
+    [
+        "base_632m.py",
+        "superres_512.py",
+        "superres_268m.py",
+        "vqgan_f16_256.py",
+        "vqgan_f8_512.py",
+        "decoder_f8_512.py",
+    ],
+)
+def test_the_other_steps_fit_the_papers_pod(tmp_path, config):
+    report(tmp_path, f"--config=configs/{config}", "--topology=v4:4x8x8")
+
+
+@without_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x8x8", "v6e:16x16"])
+def test_the_3b_step_on_later_chips(tmp_path, topology):
+    report(tmp_path, "--config=configs/base_3b.py:precomputed", f"--topology={topology}")
+
+
+@without_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_sampling_on_one_chip(tmp_path, batch):
+    arguments = ("--config=configs/superres_512.py", "--topology=v4:2x2x1", "--mode=sample", f"--batch={batch}")
+    assert set(report(tmp_path, *arguments)["programs"]) == {"base", "superres", "decoder"}

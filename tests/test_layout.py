@@ -1,0 +1,50 @@
+"""Where every parameter of the paper's configs lives, and how many there are."""
+
+import pathlib
+
+import pytest
+
+from muse_jax import parameters
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+CONFIGS = [
+    "base_3b.py",
+    "base_3b.py:precomputed",
+    "base_632m.py",
+    "superres_512.py",
+    "superres_268m.py",
+    "vqgan_f16_256.py",
+    "vqgan_f8_512.py",
+    "decoder_f8_512.py",
+]
+# Of the model itself; the paper names the first three sizes (abstract, section 3.1).
+SIZES = {
+    "base_3b.py": (2.9e9, 3.3e9),
+    "base_632m.py": (0.96 * 632e6, 1.04 * 632e6),
+    "superres_268m.py": (0.96 * 268e6, 1.04 * 268e6),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def config(request):
+    return request.param, parameters.program_of(str(ROOT / "configs" / request.param))
+
+
+def test_layouts_are_those_that_were_reviewed(config):
+    name, program = config
+    golden = (GOLDEN / parameters.golden_name(name)).read_text()
+    found = parameters.layout(program)
+    assert found == golden, "if this is meant: " + parameters.__doc__.split("\n\n")[2].strip()
+
+
+def test_the_sizes_are_the_papers(config):
+    name, program = config
+    low, high = SIZES.get(name, (0, float("inf")))
+    assert low <= parameters.counts(program)["model"] <= high
+
+
+def test_every_config_has_a_golden_text():
+    files = {path.name for path in (ROOT / "configs").glob("*.py")}
+    assert files == {name.partition(":")[0] for name in CONFIGS}
+    assert {path.name for path in GOLDEN.glob("*.txt")} == {parameters.golden_name(name) for name in CONFIGS}
