@@ -7,7 +7,6 @@ of `target` is read: no decoder, no optimizer state.
 """
 
 import asyncio
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -113,20 +112,15 @@ def convert(path: str) -> folder.Converted:
     place = epath.Path(path)
     target = _target(place)
     found: dict[str, Any] = {}
-    flat = traverse_util.flatten_dict(dict(target), keep_empty_nodes=True, is_leaf=_is_leaf)
-    named = {keys: ".".join(("target", *map(str, keys))) for keys in flat}
-    for keys, value in flat.items():
-        name = named[keys]
+    for keys, value in traverse_util.flatten_dict(dict(target), keep_empty_nodes=True, is_leaf=_is_leaf).items():
+        name = ".".join(("target", *map(str, keys)))
         if keys[0] not in _ENCODER:
             continue
         if isinstance(value, np.ndarray):
             found[name] = _HeldTensor(name, value)
         elif isinstance(value, Mapping) and "driver" in value:
             if "/" in name or not (place / name).is_dir():
-                others = [folder.name for folder in place.iterdir() if folder.name not in named.values()]
-                near = difflib.get_close_matches(name, others, n=1)
-                found_instead = f"; it has {near[0]}" if near else ""
-                raise WeightsError(f"{path} lacks the tensor {name}; expected a folder of this name{found_instead}.")
+                raise WeightsError(f"{path} lacks the tensor {name}; expected a folder of this name.")
             found[name] = _ZarrTensor(place, name)
         else:
             raise WeightsError(f"{path}: {name} is a {type(value).__name__}; expected an array.")

@@ -54,7 +54,7 @@ def _lose_array(path):
 
 
 def _rename(path):
-    _edit(path, lambda layer: layer.update(attention={**layer["attention"], "q": layer["attention"].pop("query")}))
+    _edit(path, lambda layer: layer["attention"].update(q=layer["attention"].pop("query")))
     (path / QUERY).rename(path / QUERY.replace("query", "q"))
 
 
