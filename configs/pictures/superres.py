@@ -90,11 +90,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         accumulate=1,
         ema_decay=0.0,
         # Tables start with unit variance, so that Adam needs steps of this size to move them in time.
-        overrides=dict(
-            embeddings=dict(name="adamw", learning_rate=0.03),
-            # T5 doesn't scale its attention's logits: Muon's steps make them so large that word order is never learned.
-            text=dict(name="adamw", learning_rate=2e-3),
-        ),
+        overrides=dict(embeddings=dict(name="adamw", learning_rate=0.03)),
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)

@@ -98,12 +98,10 @@ class TokensTask:
         return networks
 
     def labels(self, params: Params) -> Params:
-        """ "embeddings" for the tables that are looked up, "text" for the text encoder, "model" for the rest."""
+        """ "embeddings" for the tables that are looked up, "model" for the rest."""
 
         def label(path: Any, _: Any) -> str:
-            if path[-1].key in TABLES:
-                return "embeddings"
-            return "text" if path[0].key == "text_encoder" else "model"
+            return "embeddings" if path[-1].key in TABLES else "model"
 
         return jax.tree_util.tree_map_with_path(label, params)
 

@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+import types
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from muse_jax import specs, stages
 from muse_jax.interop import folder, tensors
 from muse_jax.interop.tensors import WeightsError
 from muse_jax.models import t5
+from muse_jax.tasks import tokens as tokens_task
 from muse_jax.training import sharding, trees
 
 EVEN = {"vocab_size": 64, "num_layers": 2, "d_model": 32, "num_heads": 4, "d_kv": 8, "d_ff": 48}
@@ -98,10 +100,22 @@ def requests(monkeypatch):
     return seen
 
 
+def opened(text):
+    """The text encoder of a run with this spec, in boxes with its axes' names, as the task hands it to the trainer."""
+    model = types.SimpleNamespace(text=text, dtype="float32")
+    spec = specs.Spec(
+        *(0, None, model, specs.DataSpec("scenes", 32, text_length=4), specs.OptimizerSpec(), specs.MeshSpec(), {}),
+        *(specs.TrainSpec(1, 1), specs.CheckpointSpec(), specs.SampleSpec()),
+    )
+    params = stages._text_encoder(spec, False)
+    shapes = jax.eval_shape(t5.from_spec(text).init, jax.random.key(0), IDS, MASK)["params"]
+    return tokens_task._boxed(shapes, params)
+
+
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1)])
 def test_a_sharded_load_equals_the_whole_and_reads_each_slice_once(written, requests, sizes):
     path, spec, params = written
-    boxes = stages._text_encoder(spec, IDS.shape[1])
+    boxes = opened(spec)
     assert not requests, "nothing is read before it is known where it goes"
     mesh = sharding.make_mesh(specs.MeshSpec(*sizes))
     where = sharding.param_specs(boxes, specs.RULES, mesh)
@@ -198,7 +212,7 @@ def test_a_text_encoder_of_another_size_is_refused(written):
     path, spec, _ = written
     other = specs.TextEncoderSpec(64, 2, 32, 4, 8, 40, trainable=False, weights=str(path))
     with pytest.raises(specs.SpecError, match="wi_0/kernel has shape .* make the model section"):
-        stages._text_encoder(other, 4)
+        opened(other)
 
 
 def test_plain_stage_folders_are_still_read(tmp_path):
@@ -207,6 +221,6 @@ def test_plain_stage_folders_are_still_read(tmp_path):
     params = our_params(spec)
     save_file(params, tmp_path / folder.PARAMS)
     frozen = specs.TextEncoderSpec(64, 2, 32, 4, 8, 48, trainable=False, weights=str(tmp_path))
-    boxes = stages._text_encoder(frozen, 4)
+    boxes = opened(frozen)
     assert isinstance(boxes["token_embedder"]["embedding"], nn.LogicallyPartitioned)
     assert trees.describe(sharding.unbox(boxes)) == trees.describe(trees.nest(params))
