@@ -24,7 +24,7 @@ _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of a shape; `fast` if it lies in on-chip memory (a TPU's memory space 1)."""
+    """One array of a shape; `fast` if it lies in one of a TPU's on-chip memories."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -169,7 +169,13 @@ def leaves(shape: str) -> tuple[Leaf, ...]:
     [(2, 3), ()]
     """
     found = _LEAF.findall(shape)
-    return tuple(Leaf(d, tuple(int(n) for n in dims.split(",") if n), "S(1)" in layout) for d, dims, layout in found)
+    return tuple(Leaf(d, tuple(int(n) for n in dims.split(",") if n), _fast(layout)) for d, dims, layout in found)
+
+
+def _fast(layout: str) -> bool:
+    """Memory space 0 is the chip's main memory and 5 the host's; all others are on the chip."""
+    space = re.search(r"S\((\d)\)", layout)
+    return space is not None and space.group(1) not in "05"
 
 
 # ----------------------------------------------------------------------------------------- loops

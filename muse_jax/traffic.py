@@ -32,7 +32,7 @@ def own_bytes(module: hlo.Module, computation: hlo.Computation, instruction: hlo
     for index, name in enumerate(instruction.operands):
         made = computation.instructions.get(name)
         if made is not None:
-            total += _read(made, instruction, index, inner)
+            total += _read(module, made, instruction, index, inner)
     return total + _written(computation, instruction, inner)
 
 
@@ -40,7 +40,9 @@ def _slow(instruction: hlo.Instruction) -> float:
     return sum(leaf.bytes for leaf in instruction.leaves if not leaf.fast)
 
 
-def _read(made: hlo.Instruction, user: hlo.Instruction, index: int, inner: hlo.Computation | None) -> float:
+def _read(
+    module: hlo.Module, made: hlo.Instruction, user: hlo.Instruction, index: int, inner: hlo.Computation | None
+) -> float:
     whole = _slow(made)
     if not whole:
         return 0.0
@@ -49,24 +51,29 @@ def _read(made: hlo.Instruction, user: hlo.Instruction, index: int, inner: hlo.C
             return min(whole, user.bytes)
         return 0.0 if user.opcode == "dynamic-update-slice" and index == 0 else whole
     parameter = next((i for i in inner.instructions.values() if _is_parameter(i, index)), None)
-    return whole if parameter is None else min(whole, _used(inner, parameter))
+    return whole if parameter is None else min(whole, _used(module, inner, parameter))
 
 
 def _is_parameter(instruction: hlo.Instruction, index: int) -> bool:
     return instruction.opcode == "parameter" and instruction.attributes == str(index)
 
 
-def _used(inner: hlo.Computation, value: hlo.Instruction) -> float:
+def _used(module: hlo.Module, inner: hlo.Computation, value: hlo.Instruction) -> float:
     """Bytes of a fusion's operand that its users inside look at."""
     total = 0.0
     for user in inner.users.get(value.name, []):
         first = user.operands[0] == value.name
         if user.opcode in ("bitcast", "reshape", "copy", "convert") and user.name != inner.root.name:
-            total += _used(inner, user) * (value.bytes / user.bytes if user.bytes else 1.0)
+            total += _used(module, inner, user) * (value.bytes / user.bytes if user.bytes else 1.0)
         elif user.opcode in ("dynamic-slice", "slice", "gather") and first:
             total += user.leaves[0].size * value.bytes / max(value.leaves[0].size, 1)
         elif user.opcode == "dynamic-update-slice" and first:
             continue
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called["calls"]]
+            at = user.operands.index(value.name)
+            parameter = next(i for i in nested.instructions.values() if _is_parameter(i, at))
+            total += _used(module, nested, parameter)
         else:
             return value.bytes
     return total
@@ -131,15 +138,17 @@ def _group(attributes: str) -> tuple[int, ...]:
         if found.group(4):
             order = order.transpose([int(n) for n in found.group(4).split(",")])
         return tuple(order.reshape(int(found.group(1)), int(found.group(2)))[0].tolist())
-    found = re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", attributes)
+    found = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(([\d,]*)\))?\s*\{(.*?)\}", attributes)
     if found:
-        return _mesh_group(dict(re.findall(r"'([^']+)'=(\d+)", found.group(1))), found.group(2))
+        group = _mesh_group(dict(re.findall(r"'([^']+)'=(\d+)", found.group(1))), found.group(3))
+        order = [int(n) for n in (found.group(2) or "").split(",") if n]
+        return tuple(order[place] for place in group) if order else group
     found = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
     return tuple(int(n) for n in found.group(1).split(",")) if found else ()
 
 
 def _mesh_group(axes: dict[str, str], chosen: str) -> tuple[int, ...]:
-    """The group of partition 0 along the chosen axes of a mesh; "axis:(before)size" is a part of one."""
+    """The group of the first place along the chosen axes of a mesh; "axis:(before)size" is a part of one."""
     places = np.zeros((1,), int)
     sizes = {name: int(size) for name, size in axes.items()}
     for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen):

@@ -73,6 +73,24 @@ def test_bytes_of_a_sliced_operand_are_those_of_the_slice():
     assert traffic.total_bytes(module) == 6 * per_layer
 
 
+def test_a_slice_in_a_fusion_in_a_fusion_is_seen():
+    outer = """%outer (q0: f32[6,4,8], q1: s32[], q2: f32[2,4]) -> f32[2,8] {
+  %q0 = f32[6,4,8]{2,1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %q2 = f32[2,4]{1,0} parameter(2)
+  %inner = f32[4,8]{1,0} fusion(%q0, %q1), kind=kLoop, calls=%fused
+  ROOT %product = f32[2,8]{1,0} dot(%q2, %inner), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body"""
+    text = LOOP.replace("%body", outer, 1)
+    line = next(line for line in text.splitlines() if "%dot =" in line)
+    module = hlo.parse(text.replace(line, "  %dot = f32[2,8]{1,0} fusion(%w, %i, %x), kind=kOutput, calls=%outer"))
+    body = module.computations["body"]
+    assert traffic.own_bytes(module, body, body.instructions["dot"]) == 4 * (4 * 8 + 1 + 2 * 4 + 2 * 8)
+    assert hlo.flops(module) == 6 * 2 * 2 * 8 * 4
+
+
 def test_arrays_in_on_chip_memory_cost_no_main_memory():
     fast = hlo.parse(LOOP.replace("%dot = f32[2,8]{1,0}", "%dot = f32[2,8]{1,0:T(8,128)S(1)}"))
     body = fast.computations["body"]
@@ -90,6 +108,7 @@ def test_arrays_in_on_chip_memory_cost_no_main_memory():
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", tuple(range(8))),
         ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", (0, 2)),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,2,1,3) {'b'}, channel_id=1", (0, 2)),
         ("replica_groups={}, channel_id=1", ()),
     ],
 )
