@@ -33,7 +33,7 @@ def product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array
     return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def gathered(kernel: Float[Array, "*s"], names: Sequence[str | None], dtype: Any) -> Float[Array, "*s"]:
+def gathered(kernel: Any, names: Sequence[str | None], dtype: Any) -> Any:
     """The kernel in `dtype`, whole along the mesh axes that split the batch, as it is multiplied.
 
     Parameters are stored split over those axes too. Said here, each kernel travels once a step, in the

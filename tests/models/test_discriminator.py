@@ -64,7 +64,9 @@ def test_a_picture_is_judged_alone(judge, params, pictures):
 def test_parameters_have_axes_and_the_widths_double():
     boxed = jax.eval_shape(Discriminator(channels=8, layers=5).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     kernels = [boxed["params"][f"conv_{i}"]["kernel"] for i in range(7)]
-    assert all(k.names == (axes.ROWS, axes.COLUMNS, axes.CHANNELS_IN, axes.CHANNELS_OUT) for k in kernels)
+    spatial = (axes.ROWS, axes.COLUMNS, axes.CHANNELS_IN)
+    assert all(k.names == (*spatial, axes.CHANNELS_OUT) for k in kernels[:-1])
+    assert kernels[-1].names == (*spatial, None), "one logit can't be split"
     assert [k.value.shape[-1] for k in kernels] == [8, 16, 32, 64, 64, 64, 1]
 
 

@@ -124,4 +124,4 @@ def test_every_parameter_has_known_axes():
     ):
         assert isinstance(box, nn.LogicallyPartitioned), path
         assert len(box.names) == box.value.ndim, path
-        assert set(box.names) <= set(axes.ALL), path
+        assert set(box.names) <= {*axes.ALL, None}, path  # None: too small to be split
