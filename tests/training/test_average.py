@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import toys
+from etils import epath
 
 from muse_jax import average
 from muse_jax.training.checkpoint import StageError, load_stage
@@ -20,8 +21,8 @@ def test_average_of_kept_checkpoints(tmp_path):
     for step in (4, 6, 8):
         params, used = average.average(tmp_path, 0.0)
         assert used[-1] == 8
-        item = average.reading.read_meta(average.epath.Path(tmp_path) / f"checkpoints/{step}")["leaves"]["params"]
-        seen.append(average.reading.read_numpy(average.epath.Path(tmp_path) / f"checkpoints/{step}", "params", item))
+        item = average.reading.read_meta(epath.Path(tmp_path) / f"checkpoints/{step}")["leaves"]["params"]
+        seen.append(average.reading.read_numpy(epath.Path(tmp_path) / f"checkpoints/{step}", "params", item))
     averaged, used = average.average(tmp_path, 0.7)
     assert used == [4, 6, 8]
     for name, leaf in averaged.items():
