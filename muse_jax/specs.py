@@ -35,6 +35,7 @@ class TextEncoderSpec:
     position_max_distance: int = 128
     dropout: float = 0.0
     gated: bool = True  # T5 1.1: gated GELU; False: T5 1.0's ReLU
+    qk_norm: bool = False  # not T5: for encoders learned from nothing, which else do not find the order of words
     trainable: bool = True  # False: frozen, and `weights` must be given
     weights: str = ""  # a folder written by import_weights
 
