@@ -53,7 +53,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             position_max_distance=128,
             dropout=0.1,
             gated=True,
-            qk_norm=True,  # or the order of words is not learned
             trainable=True,
             weights="",
         ),

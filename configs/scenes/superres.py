@@ -52,7 +52,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             position_max_distance=128,
             dropout=0.0,
             gated=True,
-            qk_norm=True,  # or the order of words is not learned
             trainable=True,
             weights="",
         ),
