@@ -304,6 +304,15 @@ def to_config(spec: Spec) -> dict[str, Any]:
     return json.loads(json.dumps(tree))
 
 
+def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config with the keys that did not exist when it was written, at their defaults.
+
+    Raises:
+      SpecError: for a key that exists no longer.
+    """
+    return to_config(from_config(stored))
+
+
 def _named(table: Mapping[str, type], tree: Mapping[str, Any], path: str) -> Any:
     tree = dict(tree)
     name = tree.pop("name", None)

@@ -154,3 +154,13 @@ def test_missing_keys_are_named():
     del config["model"]
     with pytest.raises(specs.SpecError, match=r"model\.name is None"):
         specs.from_config(ConfigDict(config))
+
+
+def test_a_stored_config_is_completed_with_what_came_since():
+    """A run started before a key existed goes on as it was: at the key's default."""
+    stored = specs.to_config(specs.from_config(TOKENIZER))
+    older = json.loads(json.dumps(stored))
+    del older["model"]["encoder_kernel"], older["train"]["stop_after_nonfinite"]
+    assert specs.completed(older) == stored
+    with pytest.raises(specs.SpecError, match="removed_since"):
+        specs.completed({**older, "data": {**older["data"], "removed_since": 1}})

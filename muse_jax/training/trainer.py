@@ -94,7 +94,7 @@ def already_finished(spec: specs.Spec, workdir: Any) -> Result | None:
         meta = reading.read_meta(folder / str(reading.steps_in(folder)[-1]))
     except (IndexError, reading.Damaged):
         return None
-    resume.check_config(meta["config"], specs.to_config(spec), meta["step"])
+    resume.check_config(specs.completed(meta["config"]), specs.to_config(spec), meta["step"])
     lines = logging.read_metrics(workdir)
     if meta["step"] < spec.train.steps or not lines or not lines[-1].get(logging.FINISHED):
         return None
@@ -168,7 +168,7 @@ class _Run:
         self.state = steps.from_items(abstract, items, self.step)
 
     def _check_meta(self, meta: Mapping[str, Any]) -> None:
-        resume.check_config(meta["config"], self.identity["config"], meta["step"])
+        resume.check_config(specs.completed(meta["config"]), self.identity["config"], meta["step"])
         hints = {
             "data": "the training data (data.path and its files)",
             "frozen": "the parameters of a frozen network (task.tokenizer, text encoder or other weights)",
