@@ -62,9 +62,13 @@ setuptools.setup(
         # JAX_PLATFORMS=cpu where jax should not look for a TPU.
         "tpu_compile": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
         "tpu": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
+        "cuda": [f"jax[cuda12]{WITHOUT_WRONG_SUMS}"],
         "launch": ["xmanager>=0.8.5"],  # launch/xmanager; the other launchers need nothing from PyPI
         "test": [
             "beartype>=0.22",
+            "ipykernel>=7.0",  # with the two below, launch/colab's notebook is executed
+            "ipywidgets>=8.1",
+            "nbclient>=0.10",
             "kubernetes>=34.1",  # its models know the fields and types of manifests
             "pytest>=9.0",
             "pytest-timeout>=2.4",
