@@ -63,16 +63,14 @@ def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any
 
     if not values.image:
         raise ValueError("--image is missing; give the picture to edit.")
-    if not values.prompt:
-        raise ValueError('--prompt is missing; try --prompt="a large red circle on a white background".')
     name, arguments = method_of(values)
     if values.best_of > 1:
-        ranking.check(values.prompt)
+        ranking.check(values.prompt or ())
     pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
     each = values.num_images_per_prompt * values.best_of
     negative = values.negative_prompt
     output = getattr(pipeline, name)(
-        values.prompt,
+        sample.prompts_given(values, pipeline),
         values.image,
         negative_prompt=negative[0] if negative and len(negative) == 1 else negative,
         num_images_per_prompt=each,

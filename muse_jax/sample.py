@@ -2,6 +2,7 @@
 
     python -m muse_jax.sample --prompt="a large red circle above a small blue square on a white background"
     python -m muse_jax.sample --pipeline=DIR --prompt="..." --prompt="..." --num_images_per_prompt=4 --seed=1 --out=DIR
+    python -m muse_jax.sample --pipeline=DIR --class_label="red circle" --class_label=7     # MaskGIT
 
 Without --pipeline the small one for generated scenes is used that comes with the package. Settings
 that aren't given are those the pipeline was made to be used with; --superres_... are those of
@@ -164,6 +165,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The command's flags; called by the command alone, since others have flags of the same names."""
     flags.DEFINE_string("pipeline", "", "Pipeline folder; by default the one that comes with the package.", values)
     flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times, and may be empty.", values)
+    flags.DEFINE_multi_string(
+        "class_label", None, "Of a pipeline with classes: what to draw, a name or number.", values
+    )
     flags.DEFINE_multi_string("negative_prompt", None, "What to keep away from; one for all, or one a prompt.", values)
     flags.DEFINE_integer("num_images_per_prompt", 1, "Pictures of each prompt.", 1, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the first picture of each prompt; the next ones count up.", flag_values=values)
@@ -184,6 +188,26 @@ def settings_given(values: flags.FlagValues) -> dict[str, Any]:
     return {name: values[name].value for name in names if values[name].value is not None}
 
 
+def prompts_given(values: flags.FlagValues, pipeline: Any) -> list[str]:
+    """The prompts of --prompt, or the classes' names of --class_label.
+
+    Raises:
+      ValueError: if the pipeline is conditioned on the other, or there is neither.
+    """
+    wanted, other = ("class_label", "prompt") if pipeline.classes else ("prompt", "class_label")
+    if values[other].value and values[wanted].value:
+        raise ValueError("--prompt and --class_label both say what to draw; give one of them.")
+    if values.class_label and not pipeline.classes:
+        raise ValueError(
+            "--class_label is for a pipeline with classes, and this one is conditioned on text; see --prompt."
+        )
+    given = values[wanted].value or values[other].value
+    if not given:
+        example = pipeline.classes[0] if pipeline.classes else "a large red circle on a white background"
+        raise ValueError(f'--{wanted} is missing; try --{wanted}="{example}".')
+    return [pipeline.class_name(one) for one in given] if pipeline.classes else given
+
+
 def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]:
     """What the command does; returns what samples.json holds.
 
@@ -195,18 +219,16 @@ def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]
     from muse_jax.sampling.pipeline import MusePipeline
     from muse_jax.sampling.requests import make_requests
 
-    if not values.prompt:
-        raise ValueError('--prompt is missing; try --prompt="a large red circle on a white background".')
+    if values.best_of > 1:
+        ranking.check(values.prompt or ())
+    out = pathlib.Path(values.out)
+    pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
     requests = make_requests(
-        values.prompt,
+        prompts_given(values, pipeline),
         values.negative_prompt[0] if len(values.negative_prompt or []) == 1 else values.negative_prompt,
         values.num_images_per_prompt * values.best_of,
         values.seed,
     )
-    if values.best_of > 1:
-        ranking.check(requests.prompts)
-    out = pathlib.Path(values.out)
-    pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
     record = sample(pipeline, requests, out, settings_given(values), values.best_of)
     about = {"command": list(command), "pipeline": values.pipeline or "packaged", "manifest": pipeline.manifest}
     record = {**about, **record, "versions": versions()}
