@@ -35,14 +35,19 @@ NUMBERS = {
     "token_temperature": "Of the softmax that tokens are drawn from; 0 takes the likeliest.",
     "choice_temperature": "Of the noise on the confidence; more makes pictures more varied.",
     "top_p": "Draw from the likeliest codes that together have this probability; 1 is off.",
+    "guidance_power": "Of the ramp power_cosine: the higher, the later guidance sets in.",
+    "guidance_start": "Time in [0, 1] from which there is guidance.",
+    "guidance_end": "Time in [0, 1] until which there is guidance.",
+    "remasking": "Of the rule remask: highest share of the settled tokens that a step masks again.",
 }
 COUNTS = {
     "num_inference_steps": "Decoding steps.",
     "top_k": "Draw from the k likeliest codes; 0 is off.",
 }
 NAMES = {
-    "schedule": "Mask schedule: cosine, linear, square, cubic, circle, sqrt, log or exponential.",
-    "guidance_ramp": "linear: guidance grows from 1 to its scale over the steps; constant.",
+    "schedule": "Mask schedule: cosine, linear, square, cubic, circle, arccos, sqrt, log or exponential.",
+    "guidance_ramp": "linear: guidance grows from 1 to its scale over the steps; constant; power_cosine.",
+    "selection_rule": "What is masked again after a step: most_confident, halton, remask or revocable.",
 }
 GRID_PROMPTS, GRID_PICTURES = 32, 8  # in grid.png: prompts, and pictures of each
 

@@ -264,11 +264,16 @@ class SampleSpec:
     num_inference_steps: int = 24
     schedule: str = "cosine"
     guidance_scale: float = 1.0  # logits = u + s (c - u); 1 is off
-    guidance_ramp: str = "linear"  # "linear": from 1 to the scale over the steps; "constant"
+    guidance_ramp: str = "linear"  # "linear": from 1 to the scale over the steps; "constant"; "power_cosine"
+    guidance_power: float = 2.0  # of power_cosine
+    guidance_start: float = 0.0  # shares of the steps between which there is guidance
+    guidance_end: float = 1.0
     token_temperature: float = 1.0
     choice_temperature: float = 4.5
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    selection_rule: str = "most_confident"  # what is masked again after a step; see sampling/selection.py
+    remasking: float = 0.1  # of the rule "remask": highest share of the settled tokens at a step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,6 @@ class MaskGIT(nn.Module):
     """Predicts masked image tokens from the visible ones and a class (`MaskGITSpec`)."""
 
     spec: Any
-    super_resolution = False
 
     def setup(self):
         s, dtype = self.spec, jnp.dtype(self.spec.dtype)

@@ -1,13 +1,15 @@
-"""From a model's spec to the module that predicts tokens; tasks and samplers need to know no more of it."""
+"""From a model's spec to its token predictor; tasks and samplers need to know no more of it."""
 
 from typing import Any
 
 import flax.linen as nn
 
-from muse_jax.models.maskgit import MaskGIT
-from muse_jax.models.muse import TokenTransformer
+from muse_jax.models import maskgit, muse
 
 
-def predictor(spec: Any) -> nn.Module:
-    """A module with `encode_text`, `condition` and `logits`: MaskGIT's if the spec has classes, else Muse's."""
-    return MaskGIT(spec) if hasattr(spec, "classes") else TokenTransformer(spec)
+def from_spec(spec: Any) -> nn.Module:
+    """The network that predicts tokens as a `BaseSpec`, `SuperResSpec` or `MaskGITSpec` says.
+
+    It has the methods `encode_text`, `condition` and `logits`; see `muse`.
+    """
+    return maskgit.MaskGIT(spec) if hasattr(spec, "classes") else muse.TokenTransformer(spec)

@@ -267,13 +267,13 @@ class Loop:
     Attributes:
       start: tokens [n, places], the mask id where there is something to fill in.
       known: places that never change; None: those that aren't masked.
-      rule: the selection rule.
+      rule: the selection rule; None: the plan's.
       keep_count: as many places are masked after each step as at the start, none after the last one.
     """
 
     start: Int[np.ndarray, "n places"]
     known: Bool[np.ndarray, "n places"] | None = None
-    rule: sampler.Select = selection.most_confident
+    rule: sampler.Select | None = None
     keep_count: bool = False
 
     def plan(self, plan: sampler.Plan) -> sampler.Plan:

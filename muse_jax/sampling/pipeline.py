@@ -29,7 +29,10 @@ from muse_jax.training import checkpoint
 
 STREAMS = {"base": 0, "superres": 1}  # of the stages' randomness
 PER_PICTURE = ("guidance_scale", "token_temperature", "choice_temperature", "top_p")  # numbers; lists are welcome
-PER_CALL = ("num_inference_steps", "schedule", "guidance_ramp", "top_k")
+PER_CALL = (
+    *("num_inference_steps", "schedule", "guidance_ramp", "guidance_power", "guidance_start", "guidance_end"),
+    *("top_k", "selection_rule", "remasking"),
+)
 
 
 class MusePipeline(editing.Editing):
@@ -148,9 +151,9 @@ class MusePipeline(editing.Editing):
           output_type: "pil", "np" (float32 in [0, 1]), "uint8" or "latent" (token ids).
           class_label: another word for the prompt of a pipeline with classes.
           history: keep the steps, for `MuseOutput.decoding`.
-          **settings: token_temperature, choice_temperature, top_k, top_p, schedule and
-            guidance_ramp of the base model; and all of these, guidance_scale and
-            num_inference_steps too, with the prefix superres_ for super-resolution.
+          **settings: of the base model, those of `PER_PICTURE` and `PER_CALL` as `sampler.make_plan`
+            describes them; and all of them, guidance_scale and num_inference_steps too, with the prefix
+            superres_ for super-resolution.
 
         Raises:
           ValueError, TypeError: naming the argument, before anything is compiled.
@@ -312,9 +315,9 @@ class MusePipeline(editing.Editing):
         return resolved
 
     def _plan(self, stage: str, settings: Mapping[str, Any]) -> sampler.Plan:
-        rows, columns = self.stages[stage].spec.model.grid
+        rows, columns = self.grid(stage)
         try:
-            return sampler.make_plan(tokens=rows * columns, **settings)
+            return sampler.make_plan(tokens=rows * columns, grid=(rows, columns), **settings)
         except ValueError as error:
             raise ValueError(f"{stage}: {error}") from None
 
@@ -409,13 +412,13 @@ def _fill(
     plan,
     *,
     spec,
-    rule: sampler.Select,
+    rule: sampler.Select | None,
     stream: int,
     guided: bool,
     history: bool,
 ):
     """Fills in the masked ones of a stage's tokens. With guidance the texts are [prompts; negative prompts]."""
-    apply = partial(predictors.predictor(spec).apply, {"params": params})
+    apply = partial(predictors.from_spec(spec).apply, {"params": params})
     if low_tokens is not None and guided:
         low_tokens = jnp.concatenate([low_tokens, low_tokens])
     embeddings = apply(text_ids, text_mask, method="encode_text")
@@ -453,7 +456,7 @@ def _joined(pieces: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
 
 
 def _model(spec: Any) -> Any:
-    return vqgan.VQGAN(spec) if isinstance(spec, specs.VQGANSpec) else predictors.predictor(spec)
+    return vqgan.VQGAN(spec) if isinstance(spec, specs.VQGANSpec) else predictors.from_spec(spec)
 
 
 def _vocabulary(name: str, stage: checkpoint.Stage) -> vocabulary.Vocabulary:

@@ -55,13 +55,14 @@ class TokensTask:
           SpecError: if the config's `sample` section can't be sampled with: better now than at the first preview.
         """
         self.spec = spec
-        self.model = predictors.predictor(spec.model)
+        self.model = predictors.from_spec(spec.model)
+        self.super_resolution = isinstance(spec.model, specs.SuperResSpec)
         self.tokenizers = {"tokenizer": tokenizer} | ({"low_tokenizer": low_tokenizer} if low_tokenizer else {})
         self.text_encoder = text_encoder
         self.places = spec.model.grid[0] * spec.model.grid[1]
         self.schedule = schedules.SCHEDULES[spec.task.mask_schedule]
         try:
-            self.plan = sampler.make_plan(tokens=self.places, **dataclasses.asdict(spec.sample))
+            self.plan = sampler.make_plan(tokens=self.places, grid=spec.model.grid, **dataclasses.asdict(spec.sample))
         except ValueError as error:
             raise specs.SpecError(f"sample: {error}") from error
 
@@ -71,14 +72,14 @@ class TokensTask:
         """See `Task.init`."""
         model = self.spec.model
         text = jnp.zeros((1, self.spec.condition_length), jnp.int32)
-        low = jnp.zeros((1, model.low_grid[0] * model.low_grid[1]), jnp.int32) if self.model.super_resolution else None
+        low = jnp.zeros((1, model.low_grid[0] * model.low_grid[1]), jnp.int32) if self.super_resolution else None
         tokens = jnp.zeros((1, self.places), jnp.int32)
         params = dict(self.model.init(key, tokens, text, text > 0, low)["params"])
         if self.text_encoder is not None:
             del params["text_encoder"]
         if self.spec.task.codebook_init:
             params["embedding"] = _projected(params["embedding"], self.tokenizers["tokenizer"], key)
-            if self.model.super_resolution:
+            if self.super_resolution:
                 params["low_embedding"] = _projected(params["low_embedding"], self.tokenizers["low_tokenizer"], key)
         return params
 
@@ -162,9 +163,9 @@ class TokensTask:
 
         Precomputed ones in the batch (`high_tokens`, `low_tokens`) are taken as they are.
         """
-        high = "high_tokens" if self.model.super_resolution else "low_tokens"
+        high = "high_tokens" if self.super_resolution else "low_tokens"
         tokens = batch[high] if high in batch else self._encode("tokenizer", frozen, batch["image"])
-        if not self.model.super_resolution:
+        if not self.super_resolution:
             return tokens, None
         low = batch["low_tokens"] if "low_tokens" in batch else self._encode_low(frozen, batch["image"])
         return tokens, low
@@ -262,7 +263,7 @@ class TokensTask:
 
     def _draw(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> jax.Array:
         model = self.spec.model
-        _, low_tokens = self.tokens(frozen, batch) if self.model.super_resolution else (None, None)
+        _, low_tokens = self.tokens(frozen, batch) if self.super_resolution else (None, None)
         # The conditional half first, then the unconditional one, as `guidance.guided` has it.
         twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), dict(batch))
         text_mask = jnp.concatenate([batch["text_mask"], jnp.zeros_like(batch["text_mask"])])
