@@ -124,7 +124,7 @@ def sample(
             first = first or time.monotonic() - STARTED
         used = output.settings
     if best_of > 1:
-        requests, images = _best(requests, images, best_of)
+        requests, images = _best(pipeline, requests, images, best_of)
         names = file_names(requests.prompts, requests.seeds)
         for name, image in zip(names, images, strict=True):
             write_whole(out / name, image.save)
@@ -139,12 +139,17 @@ def sample(
     return {**record, "seconds": round(time.monotonic() - STARTED, 2)}
 
 
-def _best(requests: Any, images: Sequence[Any], best_of: int) -> tuple[Any, list[Any]]:
+def captions(pipeline: Any, prompts: Sequence[str]) -> list[str]:
+    """What pictures of the prompts are ranked by; a class is "a red circle"."""
+    return [f"a {name}" for name in prompts] if pipeline.classes else list(prompts)
+
+
+def _best(pipeline: Any, requests: Any, images: Sequence[Any], best_of: int) -> tuple[Any, list[Any]]:
     import numpy as np
 
     from muse_jax.evaluation import ranking
 
-    kept = ranking.best([np.asarray(image) for image in images], requests.prompts, best_of)
+    kept = ranking.best([np.asarray(image) for image in images], captions(pipeline, requests.prompts), best_of)
     rows = {name: tuple(getattr(requests, name)[i] for i in kept) for name in ("prompts", "negative_prompts", "seeds")}
     each = requests.images_per_prompt // best_of
     return dataclasses.replace(requests, **rows, images_per_prompt=each), [images[i] for i in kept]
@@ -224,8 +229,6 @@ def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]
     from muse_jax.sampling.pipeline import MusePipeline
     from muse_jax.sampling.requests import make_requests
 
-    if values.best_of > 1:
-        ranking.check(values.prompt or ())
     out = pathlib.Path(values.out)
     pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
     requests = make_requests(
@@ -234,6 +237,8 @@ def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]
         values.num_images_per_prompt * values.best_of,
         values.seed,
     )
+    if values.best_of > 1:
+        ranking.check(captions(pipeline, requests.prompts))
     record = sample(pipeline, requests, out, settings_given(values), values.best_of)
     about = {"command": list(command), "pipeline": values.pipeline or "packaged", "manifest": pipeline.manifest}
     record = {**about, **record, "versions": versions()}
