@@ -86,7 +86,7 @@ def batch(spec: specs.Spec) -> Mapping[str, jax.ShapeDtypeStruct]:
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"example_id": ((size,), jnp.int32)}
     text = {"text_mask": ((size, length), bool)}
     if spec.data.name == "precomputed":
-        low, high = (spec.model.grid, None) if isinstance(spec.model, specs.BaseSpec) else (spec.model.low_grid, 1)
+        low, high = (spec.model.low_grid, 1) if isinstance(spec.model, specs.SuperResSpec) else (spec.model.grid, None)
         shapes["low_tokens"] = ((size, low[0] * low[1]), jnp.int32)
         if high:
             shapes["high_tokens"] = ((size, spec.model.grid[0] * spec.model.grid[1]), jnp.int32)
@@ -96,4 +96,6 @@ def batch(spec: specs.Spec) -> Mapping[str, jax.ShapeDtypeStruct]:
         shapes["image"] = ((size, side, side, 3), jnp.uint8)
         if length:
             shapes |= text | {"text_ids": ((size, length), jnp.int32)}
+    if spec.data.vocabulary == "classes":
+        shapes["label"] = ((size,), jnp.int32)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}

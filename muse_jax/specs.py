@@ -109,7 +109,26 @@ class SuperResSpec:
     dtype: str = "float32"
 
 
-MODELS = {"vqgan": VQGANSpec, "base": BaseSpec, "superres": SuperResSpec}
+@dataclasses.dataclass(frozen=True)
+class MaskGITSpec:
+    """MaskGIT (arXiv 2202.04200): masked transformer whose sequence has the class as one more token."""
+
+    codebook_size: int
+    grid: tuple[int, int]  # image tokens: rows, columns
+    classes: int
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int
+    dropout: float = 0.0
+    qk_norm: bool = False
+    relative_positions: bool = False  # a bias for each 2D offset on attention; not in MaskGIT
+    remat: str = "none"
+    unroll: int = 1
+    dtype: str = "float32"
+
+
+MODELS = {"vqgan": VQGANSpec, "base": BaseSpec, "superres": SuperResSpec, "maskgit": MaskGITSpec}
 
 # ----------------------------------------------------------------------------------------- task
 
@@ -138,7 +157,7 @@ class TokensTaskSpec:
 
     tokenizer: str  # stage folder of the tokenizer of the predicted tokens
     low_tokenizer: str = ""  # super-resolution: stage folder of the low-resolution tokenizer
-    text_dropout: float = 0.1  # share of examples without their text (guidance, section 2.7)
+    text_dropout: float = 0.1  # share of examples without their text or class (guidance, section 2.7)
     label_smoothing: float = 0.0
     mask_schedule: str = "cosine"
     min_mask_ratio: float = 0.0
@@ -186,7 +205,7 @@ class DataSpec:
     image_key: str = "image"
     text_key: str = ""  # tfds: feature with the caption or the label
     text_length: int = 0  # tokens of text; 0: no text in the batch
-    vocabulary: str = ""  # "scenes", "captions" (made from the data), "bytes", or a sentencepiece model
+    vocabulary: str = ""  # "scenes", "captions" (made from the data), "bytes", a sentencepiece model, or "classes"
     crop: str = "center"  # "center" or "random"
     flip: bool = False  # random horizontal flip; not where captions say left and right
     workers: int = 0  # processes that load; 0: threads of this one
@@ -246,11 +265,16 @@ class SampleSpec:
     num_inference_steps: int = 24
     schedule: str = "cosine"
     guidance_scale: float = 1.0  # logits = u + s (c - u); 1 is off
-    guidance_ramp: str = "linear"  # "linear": from 1 to the scale over the steps; "constant"
+    guidance_ramp: str = "linear"  # "linear": from 1 to the scale over the steps; "constant"; "power_cosine"
+    guidance_power: float = 2.0  # of power_cosine
+    guidance_start: float = 0.0  # shares of the steps between which there is guidance
+    guidance_end: float = 1.0
     token_temperature: float = 1.0
     choice_temperature: float = 4.5
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    selection_rule: str = "most_confident"  # what is masked again after a step; see sampling/selection.py
+    remasking: float = 0.1  # of the rule "remask": highest share of the settled tokens at a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +291,11 @@ class Spec:
     train: TrainSpec
     checkpoint: CheckpointSpec
     sample: SampleSpec
+
+    @property
+    def condition_length(self) -> int:
+        """Ids that a model of tokens is conditioned on: of a text, or the one of a class."""
+        return 1 if isinstance(self.model, MaskGITSpec) else self.data.text_length
 
 
 def from_config(config: Any) -> Spec:
@@ -430,14 +459,11 @@ def _check_transformer(spec: Spec) -> None:
         raise SpecError("this model predicts tokens; it needs task.name 'tokens'.")
     if model.width % model.heads:
         raise SpecError(f"model.width {model.width} is not a multiple of model.heads {model.heads}.")
-    if spec.data.text_length < 1:
-        raise SpecError("data.text_length is 0, but the model is conditioned on text; set the length of the prompts.")
     if not spec.task.tokenizer:
         raise SpecError(
             "task.tokenizer is empty; name the folder of a trained tokenizer (--config.task.tokenizer=DIR)."
         )
-    if not model.text.trainable and not model.text.weights:
-        raise SpecError("model.text is frozen but model.text.weights is empty; name its weights or make it trainable.")
+    _check_condition(spec)
     if isinstance(model, SuperResSpec):
         if not spec.task.low_tokenizer:
             raise SpecError(
@@ -448,3 +474,22 @@ def _check_transformer(spec: Spec) -> None:
         for side, block in zip(model.grid, model.block, strict=True):
             if side % block:
                 raise SpecError(f"model.grid {model.grid} is not a multiple of model.block {model.block}.")
+
+
+def _check_condition(spec: Spec) -> None:
+    """What the model is conditioned on must be in the batches."""
+    model, data = spec.model, spec.data
+    if isinstance(model, MaskGITSpec):
+        _positive(model, ("classes",), "model")
+        if data.vocabulary != "classes" or data.text_length:
+            raise SpecError(
+                f"data.vocabulary is {data.vocabulary!r} and data.text_length {data.text_length}, but the model is "
+                "conditioned on classes; set data.vocabulary='classes' and data.text_length=0."
+            )
+        return
+    if data.text_length < 1:
+        raise SpecError("data.text_length is 0, but the model is conditioned on text; set the length of the prompts.")
+    if data.vocabulary == "classes":
+        raise SpecError("data.vocabulary is 'classes', but the model is conditioned on text; use model.name='maskgit'.")
+    if not model.text.trainable and not model.text.weights:
+        raise SpecError("model.text is frozen but model.text.weights is empty; name its weights or make it trainable.")

@@ -93,7 +93,13 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
 
 
 def check_vocabulary(spec: specs.Spec, vocabulary: Any) -> None:
-    """Raises SpecError if the data's text ids don't fit the model's text encoder."""
+    """Raises SpecError if the data's text ids or classes don't fit the model."""
+    classes = getattr(spec.model, "classes", None)
+    if classes is not None and vocabulary.size != classes + 1:
+        raise specs.SpecError(
+            f"model.classes is {classes}, but the data have {vocabulary.size - 1} classes; "
+            f"set model.classes={vocabulary.size - 1}."
+        )
     text = getattr(spec.model, "text", None)
     if text is not None and vocabulary is not None and vocabulary.size > text.vocabulary_size:
         raise specs.SpecError(

@@ -6,7 +6,8 @@ when the data do. Sources are imported when they are asked for, so that no run n
 of another's data.
 
 A source has ``len(source)`` and ``source[i]``, a dict with `image` uint8 [s, s, 3] and, where there is one,
-`text` (str) and `label` (int); ``source.captions()`` for vocabularies; ``source.fingerprint()``; and either
+`text` (str) and `label` (int); ``source.captions()`` for vocabularies, ``source.class_names()`` where
+`spec.vocabulary` is "classes" and examples must have a label; ``source.fingerprint()``; and either
 ``source.example(i, seed)``, whose seed draws crop and flip, or ``source.batch(indices, seeds)``, the same
 for many examples at once.
 """
@@ -57,13 +58,16 @@ def make_source(spec: DataSpec, split: str = "train") -> Any:
 
 
 def make_vocabulary(spec: DataSpec) -> vocabulary_lib.Vocabulary | None:
-    """The vocabulary of `spec.vocabulary`: "scenes", "captions", "bytes" or a SentencePiece model's path.
+    """The vocabulary of `spec.vocabulary`: "scenes", "captions", "bytes", a SentencePiece model's path, or "classes".
 
     Empty means the one that suits the data: "scenes", "captions" for folders and TFDS, else "bytes".
 
     Returns:
-      The vocabulary, or None if `spec.text_length` is 0 and batches have no text.
+      The vocabulary: with "classes" the names of the labels, which the batches have instead of texts. None
+      if `spec.text_length` is 0 and batches have neither.
     """
+    if spec.vocabulary == "classes":
+        return vocabulary_lib.ClassVocabulary(make_source(spec).class_names())
     if not spec.text_length:
         return None
     name = spec.vocabulary or _VOCABULARIES[spec.name]

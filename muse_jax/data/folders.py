@@ -212,7 +212,8 @@ class FolderSource:
     in every epoch; `broken` has its key and the reason.
 
     Args:
-      spec: `path`, `image_size`, `text_key` ("text" if empty), `crop`, `flip` and the splits are read.
+      spec: `path`, `image_size`, `text_key` ("text" if empty), `crop`, `flip` and the splits are read. With
+        `vocabulary` "classes" each sub-folder with pictures is a class, and examples have its label.
       split: "train" or "eval".
     """
 
@@ -222,11 +223,33 @@ class FolderSource:
         self._spec = spec
         self._positions = np.array(split_positions(self.scan, split, spec.split, spec.eval_split), np.int64)
         self._has_text = any(self.scan.captions)
+        self._classes = self._find_classes() if spec.vocabulary == "classes" else []
         if not len(self._positions):
             raise ValueError(f"The {split} split has no picture. {self.scan.summary()}")
         self._reader = Reader(
             self._read, length=len(self), name_of=self._name, fixed=spec.crop == "center" and not spec.flip
         )
+
+    def _find_classes(self) -> list[str]:
+        tops = sorted({self._folder(key) for key in self.scan.keys})
+        if "" in tops or len(tops) < 2:
+            raise ValueError(
+                f"data.vocabulary is 'classes', but {self.scan.root} has no folder of pictures for each class "
+                f"(found {', '.join(map(repr, tops[:_NAMES_SHOWN]))}); lay it out as CLASS/NAME.jpg, or as "
+                f"{self._spec.split}/CLASS/NAME.jpg and {self._spec.eval_split}/CLASS/NAME.jpg."
+            )
+        return tops
+
+    def _folder(self, key: str) -> str:
+        """The class of a picture: the name of the folder that it lies in; "" if that is a split's or the data's."""
+        folders = key.split("/")[:-1]
+        if folders and folders[0] in (self._spec.split, self._spec.eval_split):
+            folders = folders[1:]
+        return printable(folders[-1]) if folders else ""
+
+    def class_names(self) -> list[str]:
+        """The names of the classes' folders, in alphabetical order."""
+        return self._classes
 
     @property
     def broken(self) -> dict[str, str]:
@@ -265,6 +288,8 @@ class FolderSource:
         made = {"image": transforms.decode(path, spec.image_size, crop=spec.crop, flip=spec.flip, seed=seed)}
         if self._has_text:
             made["text"] = self.scan.captions[self._positions[index]]
+        if self._classes:
+            made["label"] = self._classes.index(self._folder(self.key(index)))
         return made
 
     def fingerprint(self) -> str:

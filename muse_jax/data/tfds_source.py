@@ -54,6 +54,8 @@ class TFDSSource:
         elif spec.text_length:
             raise ValueError(f"data.text_key is empty; name the feature with the captions. {self._listed()}")
         self._label_key = self._find_label(tfds.features.ClassLabel)
+        if spec.vocabulary == "classes" and not self._label_key:
+            raise ValueError(f"data.vocabulary is 'classes'; name the label with data.text_key. {self._listed()}")
         # Encoded pictures are decoded here, with what is known of odd files; other types by TFDS.
         self._encoded = np.dtype(self._image.np_dtype) == np.uint8 and "/" not in spec.image_key
         decoders = {spec.image_key: tfds.decode.SkipDecoding()} if self._encoded else None
@@ -138,6 +140,11 @@ class TFDSSource:
             return (_as_text(inner, i) for i in range(inner.num_classes))
         values = (_get(self._data[i], self._spec.text_key) for i in range(len(self)))
         return (_as_text(inner, v) for value in values for v in (value if _is_many(value) else [value]))
+
+    def class_names(self) -> list[str]:
+        """The labels' names, with spaces for underscores."""
+        label = self._features[self._label_key]
+        return [_as_text(label, i) for i in range(label.num_classes)]
 
     def fingerprint(self) -> str:
         """Name, configuration and version of the data set, the split and its number of examples."""

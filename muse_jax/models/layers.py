@@ -256,11 +256,16 @@ class SelfAttention(nn.Module):
         if self.qk_norm:
             q, k = (RMSNorm(axes.HEAD_DIM, name=f"{n}_norm")(y) for n, y in (("query", q), ("key", k)))
         if self.block is None:
-            bias = RelativeBias(self.heads, self.grid, self.grid, name="bias")() if self.relative else None
-            out = attend(q, k, v, bias=bias)
+            out = attend(q, k, v, bias=self._bias(x.shape[1]) if self.relative else None)
         else:
             out = multi_axis_attend(q, k, v, self.grid, self.block, self._multi_axis_biases())
         return OutProjection(x.shape[-1], self.out_scale, self.dtype, name="out")(out)
+
+    def _bias(self, length: int) -> Float[Array, "h n n"]:
+        """Of the grid's places; tokens after them, such as a class, have no place."""
+        bias = RelativeBias(self.heads, self.grid, self.grid, name="bias")()
+        beyond = (0, length - bias.shape[-1])
+        return jnp.pad(bias, ((0, 0), beyond, beyond))
 
     def _multi_axis_biases(self) -> tuple[Any, Any]:
         if not self.relative:
