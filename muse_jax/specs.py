@@ -397,6 +397,7 @@ def _check_misfits(spec: Spec) -> None:
     _positive(spec.train, ("steps", "batch_size", "log_every"), "train")
     _positive(spec.checkpoint, ("every_steps", "keep"), "checkpoint")
     _positive(spec.data, ("image_size",), "data")
+    _positive(spec.deadlines, ("heartbeat",), "deadlines")
     _one_of(spec.data.name, ("scenes", "folder", "tfds", "synthetic", "precomputed"), "data.name")
     _one_of(spec.data.crop, ("center", "random"), "data.crop")
     _one_of(spec.optimizer.name, ("adamw", "adafactor", "muon"), "optimizer.name")

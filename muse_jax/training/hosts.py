@@ -45,7 +45,7 @@ def start(
       coordinator: host:port of process 0, which must be free there.
       processes, process: how many there are, and which one this is, from 0.
       join_seconds: how long to wait for the others.
-      heartbeat_seconds: after which a silent process counts as dead.
+      heartbeat_seconds: after which a silent process counts as dead, by half a minute later at the latest.
 
     Raises:
       ValueError: if some of the three are given and not all.
@@ -66,9 +66,9 @@ def start(
             processes,
             process,
             initialization_timeout=int(join_seconds),
-            heartbeat_timeout_seconds=int(heartbeat_seconds),
-            # At the end, or when this process fails: for the others to reach their end too.
-            shutdown_timeout_seconds=int(heartbeat_seconds),
+            # The watchdog is to be sooner: it can say more.
+            heartbeat_timeout_seconds=int(heartbeat_seconds) + 30,
+            shutdown_timeout_seconds=int(heartbeat_seconds) + 30,
         )
     except RuntimeError as error:
         who = f"process {process} of {processes}, coordinator {coordinator}" if not missing else "this TPU slice"

@@ -19,6 +19,7 @@ from muse_jax.training import hosts
 
 STUCK = 124  # exit code, as `timeout` has it
 FAILED = 1
+DONE = "done"  # the phase of a process that needs no others any more
 _BEAT = 1.0  # seconds between looks at the clock
 
 
@@ -28,6 +29,7 @@ class Watchdog:
     def __init__(self, deadlines: DeadlinesSpec):
         self._deadlines = deadlines
         self._at: tuple[str, int, float] = ("start", 0, time.monotonic())
+        self._heard: dict[int, tuple[float, float]] = {}
         self._stop = threading.Event()
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._run, daemon=True, name="muse_jax watchdog")
@@ -39,6 +41,9 @@ class Watchdog:
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join(timeout=5)
+        if hosts.several():
+            with contextlib.suppress(Exception):
+                hosts.say({**self._status(), "phase": DONE})
 
     def enter(self, phase: str, step: int) -> None:
         """Says that a phase of `DeadlinesSpec` begins, at this step."""
@@ -53,14 +58,32 @@ class Watchdog:
             phase, step, since = self._at
             seconds = time.monotonic() - since
             if hosts.several():
+                news = None
                 with contextlib.suppress(Exception):  # the service's own heartbeats end what can't reach it
                     hosts.say(self._status())
-                    news = hosts.announced()
-                    if news:
-                        self._end(f"{news}. Start all processes again to go on from the newest checkpoint.", FAILED)
+                    news = hosts.announced() or self._unheard()
+                if news and not self._stop.is_set():
+                    hosts.announce(news)
+                    self._end(f"{news}. Start all processes again to go on from the newest checkpoint.", FAILED)
             deadline = getattr(self._deadlines, phase)
             if 0 < deadline < seconds and not self._stop.is_set():
                 self._end(self._report(phase, step, seconds, deadline), STUCK)
+
+    def _unheard(self) -> str | None:
+        """Names a process that says nothing any more; process 0 looks after the others."""
+        if not hosts.leads():
+            return None
+        now, limit = time.monotonic(), self._deadlines.heartbeat
+        for index, told in hosts.statuses().items():
+            beat, heard = self._heard.get(index, (None, now))
+            if beat != told["beat"]:
+                self._heard[index] = (told["beat"], now)
+            elif told["phase"] != DONE and now - heard > limit:
+                return (
+                    f"process {index} ({told['host']}, pid {told['pid']}) is gone or can't be reached: nothing heard "
+                    f"of it for {limit:g} s (deadlines.heartbeat), last in {told['phase']!r} at step {told['step']}"
+                )
+        return None
 
     def _status(self) -> dict[str, Any]:
         phase, step, since = self._at
