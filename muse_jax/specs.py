@@ -239,6 +239,7 @@ class MeshSpec:
     fsdp: int = 1
     tensor: int = 1
     slices: int = 1  # slices joined over DCN, along `data`
+    most_bytes: float = 1.1  # of parameters and optimizer on a device, over an even split on fsdp and tensor; 0: any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,12 +251,28 @@ class TrainSpec:
     eval_batches: int = 4
     sample_every: int = 0  # previews of fixed prompts; 0: at the end only
     stop_after_nonfinite: int = 10  # such steps in a row that end the run
+    compare_every: int = 1000  # steps; whether replicas are the same bits; 0: with each checkpoint only
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSpec:
     every_steps: int = 1000
     keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadlinesSpec:
+    """Seconds after which the run ends, with a message of who waits for what, instead of waiting on; 0: never."""
+
+    start: float = 900  # joining the other processes, and all that belongs to no other phase
+    restore: float = 1800
+    compile: float = 7200
+    data: float = 900  # waiting for a batch
+    step: float = 900
+    evaluate: float = 3600
+    samples: float = 3600
+    save: float = 1800  # a checkpoint, as far as the steps wait for it
+    heartbeat: float = 60  # until a process of which nothing is heard counts as dead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +308,7 @@ class Spec:
     train: TrainSpec
     checkpoint: CheckpointSpec
     sample: SampleSpec
+    deadlines: DeadlinesSpec = dataclasses.field(default_factory=DeadlinesSpec)
 
     @property
     def condition_length(self) -> int:
@@ -316,6 +334,7 @@ def from_config(config: Any) -> Spec:
         "train": TrainSpec,
         "checkpoint": CheckpointSpec,
         "sample": SampleSpec,
+        "deadlines": DeadlinesSpec,
     }
     built = {name: _build(cls, tree.get(name, {}), name) for name, cls in rest.items()}
     rules = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(tree.get("rules", {})).items()}
@@ -417,6 +436,7 @@ def _check_misfits(spec: Spec) -> None:
     _positive(spec.train, ("steps", "batch_size", "log_every"), "train")
     _positive(spec.checkpoint, ("every_steps", "keep"), "checkpoint")
     _positive(spec.data, ("image_size",), "data")
+    _positive(spec.deadlines, ("heartbeat",), "deadlines")
     _one_of(spec.data.name, ("scenes", "folder", "tfds", "synthetic", "precomputed"), "data.name")
     _one_of(spec.data.crop, ("center", "random"), "data.crop")
     _one_of(spec.optimizer.name, ("adamw", "adafactor", "muon"), "optimizer.name")

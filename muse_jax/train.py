@@ -3,9 +3,14 @@
 The workdir holds all that the run writes. Started again, it goes on from the newest whole checkpoint
 and ends with the same bits as if it had never stopped; a finished run says so and ends.
 
-Exit codes: 0 finished; 1 an error, said in one message where it is the config's or the data's; 143
-stopped by SIGTERM and 130 by Ctrl-C, with everything saved. A signal is heeded at the next step; a
-compilation, a picture being drawn or a checkpoint being written is finished first.
+On a TPU slice the same command runs on every host, and they find each other. Elsewhere every process of
+a run gets --coordinator=HOST:PORT --num_processes=N --process_id=I. The workdir is one that all share.
+
+Exit codes: 0 finished; 1 an error, said in one message where it is the config's, the data's or another
+process's; 124 stuck for longer than the config's `deadlines` allow; 143 stopped by SIGTERM and 130 by
+Ctrl-C, with everything saved (143 for both with several processes, all of which stop at the same step).
+A signal is heeded at the next step; a compilation, a picture being drawn or a checkpoint being written
+is finished first.
 """
 
 from muse_jax import process
@@ -15,15 +20,15 @@ if __name__ == "__main__":
 
 import itertools
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from muse_jax import data, specs
-from muse_jax.training import checkpoint, feed, reading, resume, sharding, signals, trainer
+from muse_jax.training import checkpoint, feed, hosts, reading, resume, sharding, signals, trainer
 
 # What a person can mend; said without a traceback.
 MENDABLE = (
@@ -33,6 +38,7 @@ MENDABLE = (
     checkpoint.StageError,
     feed.DataError,
     trainer.NonFiniteError,
+    hosts.HostError,
 )
 
 
@@ -53,7 +59,9 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
     finished = trainer.already_finished(spec, workdir)
     if finished:
         return finished
-    sharding.check_batch(spec, sharding.make_mesh(spec.mesh))
+    mesh = sharding.make_mesh(spec.mesh)
+    sharding.check_batch(spec, mesh)
+    part, parts = sharding.process_part(sharding.batch_sharding(mesh, spec.rules), spec.train.batch_size)
     vocabulary = data.make_vocabulary(spec.data)
     check_vocabulary(spec, vocabulary)
     task = stages.build_task(spec, checkpoint.load_stage)
@@ -67,8 +75,8 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
             vocabulary=vocabulary,
             split=split,
             start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=part,
+            process_count=parts,
             source=source if split == "train" else None,
         )
 
@@ -113,20 +121,44 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     try:
-        result = train(specs.from_config(_CONFIG.value), _WORKDIR.value)
+        spec = specs.from_config(_CONFIG.value)
+        _join(spec.deadlines)
+        result = train(spec, _WORKDIR.value)
     except signals.Stopped as stopped:
         print(f"{stopped}: {_WORKDIR.value}", file=sys.stderr)
         sys.exit(stopped.exit_code)
-    except MENDABLE as error:
+    except Exception as error:
+        if not isinstance(error, MENDABLE):
+            if not hosts.several():
+                raise
+            traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+        hosts.leave(1)
+    if not hosts.leads():
+        return
     state = "was finished already, nothing to do" if result.was_finished else "finished"
     shown = {name: round(result.metrics[name], 4) for name in ("loss", "eval/loss") if name in result.metrics}
     print(f"{_WORKDIR.value} {state}: step {result.step}, {shown}")
 
 
+def _join(deadlines: specs.DeadlinesSpec) -> None:
+    try:
+        hosts.start(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            join_seconds=deadlines.start,
+            heartbeat_seconds=deadlines.heartbeat,
+        )
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+
+
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that the run writes.")
+    _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0; not needed on TPU slices.")
+    _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run; not needed on TPU slices.")
+    _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; not needed on TPU slices.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

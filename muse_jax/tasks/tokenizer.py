@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from muse_jax import specs
 from muse_jax.models import lpips, quantizer, vqgan
@@ -210,8 +211,9 @@ class TokenizerTask:
     def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
         """Pictures above, their reconstructions below."""
         images = np.asarray(batch["image"][:SHOWN])
-        output, _ = jax.jit(self._reconstruct)(params, vqgan.to_unit(jnp.asarray(images)))
-        return {"reconstructions": np.concatenate([images, np.asarray(vqgan.to_uint8(output))], axis=1)}
+        output = jax.jit(lambda params, images: self._reconstruct(params, vqgan.to_unit(images))[0])(params, images)
+        output = multihost_utils.process_allgather(vqgan.to_uint8(output), tiled=True)
+        return {"reconstructions": np.concatenate([images, output], axis=1)}
 
     def _reconstruct(self, params: Params, images: jax.Array) -> tuple[jax.Array, quantizer.Quantized]:
         return self.model.apply({"params": {name: params[name] for name in GENERATOR}}, images)

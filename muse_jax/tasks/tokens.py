@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from muse_jax import specs
 from muse_jax.models import predictors, t5, vqgan
@@ -256,7 +257,7 @@ class TokensTask:
     def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
         """The batch's first prompts, drawn as the config's `sample` section says; true pictures above."""
         batch = {name: value[:SAMPLED] for name, value in self.conditioned(batch).items()}
-        drawn = np.asarray(jax.jit(self._draw)(params, frozen, batch, key))
+        drawn = multihost_utils.process_allgather(jax.jit(self._draw)(params, frozen, batch, key), tiled=True)
         if "image" not in batch:
             return {"samples": drawn}
         return {"samples": np.concatenate([np.asarray(batch["image"]), drawn], axis=1)}

@@ -6,19 +6,21 @@ are all damaged stops, it never starts again at step 0 by itself.
 """
 
 import contextlib
+import functools
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from absl import logging
+from absl import flags, logging
 from etils import epath
 
-from muse_jax.training import trees
+from muse_jax.training import hosts, trees
 from muse_jax.training.reading import (
     FORMAT,
     CheckpointError,
@@ -38,42 +40,75 @@ __all__ = ["CheckpointError", "Checkpoints", "Stage", "StageError", "load_stage"
 ITEMS = ("params", "ema", "optimizer", "meta")
 TRASH = ".todelete"  # what is deleted is renamed into this first: half a deletion must not look like a step
 MOST_FAILURES = 3  # saves that may fail one after the other
+_PROBED = 2**16  # bytes that a disk must take before a save begins
 
 
 class Checkpoints:
     """The checkpoints of one run, which holds the workdir's lock."""
 
-    def __init__(self, workdir: Any, keep: int):
+    def __init__(self, workdir: Any, keep: int, seconds: float = 1200):
+        """`seconds`: after which a save that is under way has failed."""
         self.folder = checkpoints_in(workdir)
-        self.keep = keep
+        self.keep, self.seconds = keep, int(seconds)
         self.failures = 0
         self._saving: int | None = None
+        self._opened = 0
         self._probe()
         self._purge()
         self._manager = self._open()
 
     def _probe(self) -> None:
-        """Fails now, and not at the first checkpoint, where nothing can be written."""
+        """Fails now, and not at the first checkpoint, where nothing can be written or where hosts have disks apart."""
+        shared = self.folder / ".probe"
+        token = hosts.from_leader("writing to the workdir", lambda: self._write(shared), CheckpointError)
+        hosts.everywhere("writing to the workdir", lambda: self._write_beside(shared, token), CheckpointError)
+        hosts.from_leader("tidying the workdir", shared.unlink, CheckpointError)
+
+    def _write(self, probe: epath.Path) -> str:
+        token = uuid.uuid4().hex
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".probe"
-            probe.write_text("probe")
-            probe.rename(self.folder / ".probe-renamed").unlink()
+            probe.write_text(token)
+        except OSError as error:
+            problem = f"can't write checkpoints to {self.folder} ({error}); choose another --workdir."
+            raise CheckpointError(problem) from error
+        return token
+
+    def _write_beside(self, shared: epath.Path, token: str) -> None:
+        try:
+            if shared.read_text() != token:
+                raise FileNotFoundError(shared)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{self.folder} is not the same folder in all processes; choose a --workdir that all hosts share."
+            ) from error
+        try:
+            probe = self.folder / f".probe-{jax.process_index()}"
+            self._write(probe)
+            probe.rename(self.folder / f"{probe.name}-renamed").unlink()
         except OSError as error:
             problem = f"can't write checkpoints to {self.folder} ({error}); choose another --workdir."
             raise CheckpointError(problem) from error
 
     def _purge(self) -> None:
-        if (self.folder / TRASH).exists():
+        if hosts.leads() and (self.folder / TRASH).exists():
             (self.folder / TRASH).rmtree(missing_ok=True)
 
     def _open(self, sweep: bool = True) -> ocp.CheckpointManager:
+        self._opened += 1
+        if hosts.several():  # waits for other processes with time limits, which Orbax's own barriers lack
+            flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self.keep,
             cleanup_tmp_directories=sweep,  # of a run that was killed; we hold the lock
             todelete_subdir=TRASH,
             enable_async_checkpointing=True,
             should_save_fn=lambda *_: True,
+            async_options=ocp.AsyncOptions(timeout_secs=self.seconds),
+            # After a failure some processes may have passed barriers that others have not.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"open-{self._opened}"),
         )
         return ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
 
@@ -96,8 +131,9 @@ class Checkpoints:
         args = {item: ocp.args.StandardSave(trees.nest(leaves)) for item, leaves in items.items()}
         self._saving = step
         try:
-            self._check_space(items)
-            self._manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)), force=True)
+            hosts.everywhere("preparing a checkpoint", lambda: self._check_space(items))
+            composite = ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta))
+            hosts.everywhere("starting a checkpoint", lambda: self._manager.save(step, args=composite, force=True))
         except Exception as error:
             self._failed(error)
 
@@ -107,12 +143,18 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free
         except OSError:  # gs://
             return
+        probe = self.folder / f".probe-{jax.process_index()}"
+        probe.write_bytes(bytes(_PROBED))
+        probe.unlink()
         if free < 1.1 * size:
             raise OSError(f"a checkpoint takes up to {size / 2**20:.0f} MiB, but {free / 2**20:.0f} MiB are free")
 
     def poll(self) -> None:
-        """Notices a save that has ended, well or not; returns at once."""
-        if self._saving is not None and not self._manager.is_saving_in_progress():
+        """Notices a save that has ended, well or not; returns at once.
+
+        Several processes would notice at different steps, so they look together, before the next save.
+        """
+        if self._saving is not None and not hosts.several() and not self._manager.is_saving_in_progress():
             self.finish()
 
     def finish(self) -> bool:
@@ -120,17 +162,22 @@ class Checkpoints:
         if self._saving is None:
             return self.failures == 0
         try:
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            hosts.everywhere("a checkpoint", self._wait)
+            hosts.from_leader("a checkpoint", self._look)
         except Exception as error:
             self._failed(error)
-            return False
-        if self._saving not in steps_in(self.folder):
-            self._failed(CheckpointError("it isn't there"))
             return False
         self._saving, self.failures = None, 0
         self._purge()
         return True
+
+    def _wait(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def _look(self) -> None:
+        if self._saving not in steps_in(self.folder):
+            raise CheckpointError("it isn't there")
 
     @property
     def due_again(self) -> bool:
@@ -144,7 +191,7 @@ class Checkpoints:
             self._manager.close()
         except Exception as closing:
             logging.info("closing the checkpoint manager: %s", brief(closing))
-        self._tidy(step)
+        hosts.from_leader("tidying after a checkpoint", lambda: self._tidy(step))
         if self.failures >= MOST_FAILURES:
             raise CheckpointError(
                 f"saving a checkpoint to {self.folder} failed {self.failures} times, now at step {step}: "
@@ -177,7 +224,7 @@ class Checkpoints:
         Raises:
           CheckpointError: if none is whole, or the newest holds other parameters than are wanted.
         """
-        for step in reversed(steps_in(self.folder)):
+        for step in hosts.from_leader("looking for checkpoints", lambda: steps_in(self.folder)[::-1]):
             try:
                 return self._restore(self.folder / str(step), wanted, check)
             except Damaged as error:
@@ -191,7 +238,8 @@ class Checkpoints:
         return None
 
     def _restore(self, folder: epath.Path, wanted: Mapping[str, Mapping[str, Any]], check: Any) -> tuple[dict, dict]:
-        meta = read_meta(folder)
+        # Processes must not part over one that could not read what another one could.
+        meta = hosts.from_leader(f"reading {folder}/meta", lambda: read_meta(folder), Damaged)
         check(meta)
         for item, leaves in wanted.items():
             ours = trees.describe(dict(leaves))
@@ -201,23 +249,30 @@ class Checkpoints:
                     f"{folder}: {item} isn't what this version of the code makes of the config: "
                     f"{difference(stored, ours)}."
                 )
-        restored = {}
-        for item, leaves in wanted.items():
-            found = read_arrays(folder, item, leaves, meta["leaves"][item])
-            restored[item], prints = _settled(found)
+        restored, found = {}, {}
+
+        def read(item: str) -> None:
+            found[item] = read_arrays(folder, item, wanted[item], meta["leaves"][item])
+
+        for item in wanted:
+            hosts.everywhere(f"reading {folder}/{item}", functools.partial(read, item), Damaged)
+            restored[item], prints = _settled(found.pop(item))
             for name, value in prints.items():
                 if value != meta["leaves"][item][name][2]:
                     raise Damaged(f"{item}/{name} isn't what was saved")
         return restored, meta
 
     def _set_aside(self, step: int, error: Exception) -> None:
+        hosts.from_leader("setting a damaged checkpoint aside", lambda: self._rename_damaged(step, error))
+        self._manager.reload()
+
+    def _rename_damaged(self, step: int, error: Exception) -> None:
         name = f"corrupt-{step}"
         tries = 1
         while (self.folder / name).exists():
             tries += 1
             name = f"corrupt-{step}-{tries}"
         (self.folder / str(step)).rename(self.folder / name)
-        self._manager.reload()
         logging.error("the checkpoint of step %d is damaged (%s); set aside as %s", step, error, self.folder / name)
 
     def close(self) -> None:

@@ -157,6 +157,25 @@ class Logs:
             self._events.close(timeout=10)
 
 
+class Silent:
+    """`Logs` of a process that leaves writing to process 0."""
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Nothing."""
+
+    def progress(self, step: int, **values: str) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def grid(images: np.ndarray, least: int = 64) -> np.ndarray:
     """[n, h, w, 3] as one picture of about as many rows as columns; small pictures enlarged to `least` pixels."""
     count, height, width, channels = images.shape

@@ -28,6 +28,7 @@ FREE = (
     "rules",
     "checkpoint",
     "sample",
+    "deadlines",
     "data.path",
     "data.workers",
     "data.prefetch",
@@ -44,6 +45,7 @@ FREE = (
     "train.eval_batches",
     "train.sample_every",
     "train.stop_after_nonfinite",
+    "train.compare_every",
 )
 LENGTH = "train.steps"
 

@@ -202,11 +202,41 @@ def check_batch(spec: Spec, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
+def process_part(sharding: NamedSharding, size: int) -> tuple[int, int]:
+    """(index, count): this process holds the index-th of `count` equal parts of the `size` examples of a batch.
+
+    Processes that share a part, as where the axis `tensor` spans them, have the same index.
+
+    Raises:
+      SpecError: if the processes' parts overlap or differ in size.
+    """
+    if jax.process_count() == 1:
+        return 0, 1
+    held: dict[int, set[int]] = {}
+    for device, (rows, *_) in sharding.devices_indices_map((size,)).items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(size)))
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != size:
+        raise SpecError(
+            f"the processes' parts of a batch of {size} are {[len(part) for part in parts]} examples, which is no "
+            "division into equal parts; change mesh so that each process holds whole shards of the batch."
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def put(tree: Any, sharding: Any) -> Any:
     """Host arrays, of which each process holds its own part, as global arrays."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
+
+
+def put_everywhere(tree: Any, sharding: NamedSharding) -> Any:
+    """Like `put`; with several processes each device holds the whole, so that any of them can read it."""
+    arrays = put(tree, sharding)
+    if jax.process_count() == 1:
+        return arrays
+    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(arrays)
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -234,7 +264,9 @@ def place(tree: Any, shardings: Any) -> Any:
 
 def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(leaf, np.ndarray | jax.Array | np.generic):
-        return jax.device_put(leaf, sharding)
+        if sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        leaf = np.asarray(leaf)  # device_put would send it around to compare it
     read: dict[Any, np.ndarray] = {}  # devices that hold the same part share one reading
 
     def part(index: Any) -> np.ndarray:

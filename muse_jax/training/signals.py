@@ -7,18 +7,26 @@ second Ctrl-C ends the run at once.
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+from jax.experimental import multihost_utils
+
+from muse_jax.training import hosts
 
 
 class Stopped(Exception):
     """The run was asked to stop, and what it had trained is saved.
 
     Attributes:
+      saved: True; what it had trained is on disk.
       exit_code: 128 + the signal's number, as shells have it: 143 after SIGTERM, 130 after Ctrl-C.
     """
+
+    saved = True
 
     def __init__(self, number: int, step: int):
         name = signal.Signals(number).name
@@ -42,6 +50,41 @@ class Signals:
     def came(self) -> bool:
         return self.number is not None
 
+    def begin(self, step: int) -> None:
+        """Says at which step the run begins."""
+
+    def at(self, step: int) -> bool:
+        """Whether to stop at this step; to be asked at every step."""
+        return self.came
+
+
+class AgreedSignals(Signals):
+    """Signals to any of several processes: all stop at the same step.
+
+    jax.distributed's preemption service has SIGTERM's handler. Processes tell each other of a notice and
+    agree on a step that none has begun, which is why only `at` may find out, and nothing in between.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._interrupted = False
+
+    def handle(self, number: int, _frame: Any) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def begin(self, step: int) -> None:
+        # What was agreed on before anyone had said a step is step 1, which a run that goes on doesn't pass.
+        self.at(1)
+        self.at(step)
+
+    def at(self, step: int) -> bool:
+        if not self.came and multihost_utils.reached_preemption_sync_point(step):
+            self.number = signal.SIGTERM
+        return self.came
+
 
 @contextlib.contextmanager
 def listening() -> Iterator[Signals]:
@@ -49,11 +92,13 @@ def listening() -> Iterator[Signals]:
 
     Once a signal has come the handlers stay, so that another one doesn't cut the process's end short.
     """
-    signals = Signals()
+    several = hosts.several()
+    signals = AgreedSignals() if several else Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    before = {number: signal.signal(number, signals.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    handled = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signals.handle) for number in handled}
     try:
         yield signals
     finally:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -106,8 +107,9 @@ class Program:
             return jax.jit(self.evaluate).lower(self.state.params, self.frozen, batch, index)
 
     def abstract_batch(self, batch: Mapping[str, Any]) -> Any:
-        """Shapes, dtypes and shardings of a host batch of this process."""
-        return _abstract(batch, jax.tree.map(lambda _: self.batch_sharding, batch), jax.process_count())
+        """Shapes, dtypes and shardings of a batch of which each process has its part on the host."""
+        _, parts = sharding.process_part(self.batch_sharding, self.spec.train.batch_size)
+        return _abstract(batch, jax.tree.map(lambda _: self.batch_sharding, batch), parts)
 
     def train_step(self, state: State, frozen: Any, batch: Any) -> tuple[State, dict[str, Any]]:
         """One step. If the loss, the gradient or the new parameters aren't finite, nothing but `step` changes."""
@@ -201,9 +203,9 @@ def _value(metric: Any) -> jax.Array:
     return metric.total / metric.weight
 
 
-def _abstract(tree: Any, shards: Any, processes: int = 1) -> Any:
+def _abstract(tree: Any, shards: Any, parts: int = 1) -> Any:
     def one(leaf: Any, shard: Any) -> jax.ShapeDtypeStruct:
-        shape = (leaf.shape[0] * processes, *leaf.shape[1:]) if leaf.shape else ()
+        shape = (leaf.shape[0] * parts, *leaf.shape[1:]) if leaf.shape else ()
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=shard)
 
     return jax.tree.map(one, tree, shards)
@@ -232,4 +234,4 @@ def from_items(abstract: State, items: Mapping[str, Any], step: int) -> State:
     """The state with these leaves; the inverse of `checkpoint_items`."""
     filled = {item: trees.refill(getattr(abstract, item), leaves) for item, leaves in items.items()}
     shard = abstract.step.sharding
-    return State(jax.device_put(jnp.asarray(step, jnp.int32), shard), **filled)
+    return State(sharding.place(np.int32(step), shard), **filled)

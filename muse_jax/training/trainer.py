@@ -19,11 +19,12 @@ from etils import epath
 
 from muse_jax import specs
 from muse_jax.training import feed as feeds
+from muse_jax.training import hosts, reading, resume, sharding, signals, trees
 from muse_jax.training import logs as logging
-from muse_jax.training import reading, resume, sharding, signals, trees
 from muse_jax.training import step as steps
 from muse_jax.training.checkpoint import Checkpoints
 from muse_jax.training.stage import CONFIG, VOCABULARY, write_json
+from muse_jax.training.watchdog import Watchdog
 
 Batches = Iterable[Mapping[str, np.ndarray]]
 
@@ -72,13 +73,16 @@ def train(
       reading.CheckpointError: no whole checkpoint is left, or none can be written.
       NonFiniteError: after `train.stop_after_nonfinite` such steps in a row.
       signals.Stopped: after SIGTERM or Ctrl-C; everything is saved.
+      hosts.HostError: another process of the run failed or is gone.
     """
     finished = already_finished(spec, workdir)
     if finished:
         return finished
-    lock = resume.lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with lock, signals.listening() as stop, contextlib.ExitStack() as stack:
-        run = _Run(spec, task, workdir, data_fingerprint, vocabulary, stop)
+    with Watchdog(spec.deadlines) as watch, contextlib.ExitStack() as stack, hosts.telling(watch.described):
+        hosts.check_same("the config", trees.named_leaves(specs.to_config(spec)))
+        hosts.from_leader("locking the workdir", lambda: stack.enter_context(resume.lock(workdir)))
+        stop = stack.enter_context(signals.listening())
+        run = _Run(spec, task, workdir, data_fingerprint, vocabulary, stop, watch)
         run.start(make_batches, eval_batches, tensorboard, bar, stack)
         return run.to_the_end()
 
@@ -89,6 +93,11 @@ def already_finished(spec: specs.Spec, workdir: Any) -> Result | None:
     Raises:
       resume.ResumeError: if the workdir's run trained something else than `spec`.
     """
+    found = hosts.from_leader("looking into the workdir", lambda: _finished(spec, workdir))
+    return None if found is None else Result(**found, was_finished=True)
+
+
+def _finished(spec: specs.Spec, workdir: Any) -> dict[str, Any] | None:
     folder = reading.checkpoints_in(workdir)
     try:
         meta = reading.read_meta(folder / str(reading.steps_in(folder)[-1]))
@@ -101,7 +110,7 @@ def already_finished(spec: specs.Spec, workdir: Any) -> Result | None:
     if meta["config"] != specs.to_config(spec):  # settings that are free, those of the sampler for one
         with resume.lock(workdir):
             write_json(epath.Path(workdir) / CONFIG, specs.to_config(spec))
-    return Result(meta["step"], _latest(lines), was_finished=True)
+    return {"step": meta["step"], "metrics": _latest(lines)}
 
 
 def _latest(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -116,9 +125,16 @@ class _Run:
     """The parts of one run, put together by `start` and run by `to_the_end`."""
 
     def __init__(
-        self, spec: specs.Spec, task: Any, workdir: Any, data: str, vocabulary: Any, stop: signals.Signals
+        self,
+        spec: specs.Spec,
+        task: Any,
+        workdir: Any,
+        data: str,
+        vocabulary: Any,
+        stop: signals.Signals,
+        watch: Watchdog,
     ) -> None:
-        self.spec, self.task, self.stop = spec, task, stop
+        self.spec, self.task, self.stop, self.watch = spec, task, stop, watch
         self.workdir = epath.Path(os.fspath(workdir))
         self.vocabulary = vocabulary
         self.mesh = sharding.make_mesh(spec.mesh)
@@ -126,6 +142,7 @@ class _Run:
         self.program = steps.Program(spec, task, self.mesh, frozen)
         self.frozen = sharding.place(sharding.unbox(frozen), steps.shardings_of(self.program.frozen))
         self.identity = {"config": specs.to_config(spec), "data": data, "frozen": trees.fingerprints(self.frozen)}
+        hosts.check_same("what is trained on", {"data": data, **self.identity["frozen"]})
         self.state: steps.State
         self.step = 0  # steps done, of which the metrics of the last may not have been read yet
         self.saved = -1  # the newest step that a checkpoint was started for
@@ -141,19 +158,28 @@ class _Run:
         self, make_batches: Any, eval_batches: Any, tensorboard: bool, bar: bool, stack: contextlib.ExitStack
     ) -> None:
         """Everything up to the first step."""
-        self.checkpoints = Checkpoints(self.workdir, self.spec.checkpoint.keep)
+        self.watch.enter("restore", self.step)
+        folder = reading.checkpoints_in(self.workdir)
+        self.stop.begin(hosts.from_leader("looking for checkpoints", lambda: max(reading.steps_in(folder), default=0)))
+        self.checkpoints = Checkpoints(self.workdir, self.spec.checkpoint.keep, self.spec.deadlines.save / 2)
         stack.enter_context(_closing(self.checkpoints))
         self._restore_or_init()
-        write_json(self.workdir / CONFIG, self.identity["config"])
-        if self.vocabulary is not None:
-            write_json(self.workdir / VOCABULARY, self.vocabulary)
-        self.logs = logging.Logs(self.workdir, self.step, self.spec.train.steps, tensorboard, bar)
+        self.watch.enter("start", self.step)
+        hosts.from_leader("writing the config", self._describe)
+        self.logs = logging.Silent()
+        if hosts.leads():
+            self.logs = logging.Logs(self.workdir, self.step, self.spec.train.steps, tensorboard, bar)
         stack.callback(self.logs.close)
         self.latest = _latest(logging.read_metrics(self.workdir))
         if self.step:
             self.logs.say(f"goes on from step {self.step} of {self.spec.train.steps} in {self.workdir}")
         if not self.stop.came:
             self._compile(make_batches, eval_batches, stack)
+
+    def _describe(self) -> None:
+        write_json(self.workdir / CONFIG, self.identity["config"])
+        if self.vocabulary is not None:
+            write_json(self.workdir / VOCABULARY, self.vocabulary)
 
     def _restore_or_init(self) -> None:
         # Outside of the mesh's context, under which Orbax's work on single devices would break.
@@ -178,19 +204,23 @@ class _Run:
 
     def _compile(self, make_batches: Any, eval_batches: Any, stack: contextlib.ExitStack) -> None:
         """Compiles the step and the evaluation ahead, so that no later call compiles anything else."""
+        self.watch.enter("data", self.step)
         self.held_out = [dict(batch) for batch in eval_batches()]
         began = time.monotonic()
         if self.step < self.spec.train.steps:
             self.feed = feeds.Feed(make_batches(self.step), self.program.batch_sharding, self.stop)
             stack.callback(self.feed.close)
+            self.watch.enter("data", self.step)
             self.first = self.feed.get()
             if self.first is None:
                 return
+            self.watch.enter("compile", self.step)
             began = time.monotonic()
             batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.first[0])
             self._check_batch(batch)
             self.train_step = self.program.lower_train(batch).compile()
         if self.held_out:
+            self.watch.enter("compile", self.step)
             self.evaluate = self.program.lower_evaluate(self.program.abstract_batch(self.held_out[0])).compile()
         seconds = time.monotonic() - began
         self.logs.say(f"compiled in {seconds:.1f} s")
@@ -227,12 +257,14 @@ class _Run:
 
     def _one_step(self) -> None:
         self._stop_if_asked()
+        self.watch.enter("data", self.step)
         began = time.monotonic()
         batch = self.first or self.feed.get()
         self.first = None
         if batch is None:
             self._stop_if_asked()
         self.window.waited += time.monotonic() - began
+        self.watch.enter("step", self.step)
         arrays, ids = batch
         self.state, metrics = self.train_step(self.state, self.frozen, arrays)
         before, self.pending = self.pending, (self.step + 1, metrics, ids)
@@ -289,7 +321,7 @@ class _Run:
     # ------------------------------------------------------------------------ between the steps
 
     def _stop_if_asked(self) -> None:
-        if self.stop.came:
+        if self.stop.at(self.step):
             self._save_surely()
             self.logs.say("")
             raise signals.Stopped(self.stop.number, self.step)
@@ -305,6 +337,7 @@ class _Run:
         """Starts a checkpoint of the state as it is now."""
         with self._pause():
             self._drain()
+            self.watch.enter("save", self.step)
             state = self.state
             if self.mesh.devices.flat[0].platform == "cpu":
                 # Orbax reads in the background. Elsewhere it has its own copy on the host by the time
@@ -319,6 +352,7 @@ class _Run:
         self._drain()
         if self.saved != self.step:
             self._save()
+        self.watch.enter("save", self.step)
         while not self.checkpoints.finish():
             time.sleep(1)
             self._save()
@@ -327,6 +361,7 @@ class _Run:
         """Metrics on the held-out batches, with the EMA if there is one."""
         with self._pause():
             self._drain()
+            self.watch.enter("evaluate", self.step)
             sums: dict[str, np.ndarray] = {}
             for index, batch in enumerate(self.held_out):
                 if self.stop.came:
@@ -345,8 +380,9 @@ class _Run:
             return
         with self._pause():
             self._drain()
+            self.watch.enter("samples", self.step)
             key = steps.stream_key(self.spec.seed, steps.SAMPLES)
-            batch = sharding.put(self.held_out[0], self.program.batch_sharding)
+            batch = sharding.put_everywhere(self.held_out[0], self.program.batch_sharding)
             with sharding.layout(self.mesh, self.spec.rules):
                 pictures = self.task.samples(self.state.best, self.frozen, batch, key)
             if pictures:
@@ -384,8 +420,9 @@ def _closing(checkpoints: Checkpoints) -> Iterator[None]:
     """Closes, without hiding an error that is on its way."""
     try:
         yield
-    except BaseException:
-        with contextlib.suppress(Exception):
-            checkpoints.close()
+    except BaseException as error:
+        if isinstance(error, signals.Stopped) or not hosts.several():  # else the others don't close theirs
+            with contextlib.suppress(Exception):
+                checkpoints.close()
         raise
     checkpoints.close()

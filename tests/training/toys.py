@@ -1,4 +1,7 @@
-"""Tiny tasks for the trainer's tests, and a command that trains one: python tests/training/toys.py KIND WORKDIR."""
+"""Tiny tasks for the trainer's tests, and a command that trains one.
+
+python tests/training/toys.py KIND WORKDIR [CHANGES [COORDINATOR PROCESSES PROCESS]]
+"""
 
 import dataclasses
 import hashlib
@@ -15,7 +18,7 @@ import numpy as np
 
 from muse_jax import specs
 from muse_jax.tasks.task import Mean
-from muse_jax.training import signals, trainer
+from muse_jax.training import hosts, sharding, signals, trainer
 
 TOKENS, CODES, WIDTH = 6, 7, 8
 RULES = {"batch": ("data", "fsdp"), "vocab": None, "embed": "fsdp", "mlp": "tensor", "layers": None}
@@ -155,21 +158,28 @@ def batch_of(step: int, size: int, poisoned: bool = False):
     return {"example_id": ids, "tokens": tokens, "poison": poison}
 
 
-def batches(start: int, size: int = 4, poisoned=(), pause: float = 0.0):
+def batches(start: int, size: int = 4, poisoned=(), pause: float = 0.0, part=(0, 1), hang_at: int = -1):
     step = start
     while True:
-        time.sleep(pause)
-        yield batch_of(step, size, step in poisoned)
+        time.sleep(1e9 if step == hang_at else pause)
+        yield part_of(batch_of(step, size, step in poisoned), *part)
         step += 1
 
 
-def train(run: specs.Spec, workdir, task=None, poisoned=(), data="toy", pause=0.0, **changes):
+def part_of(batch, index: int, count: int):
+    """What one of several processes reads."""
+    rows = len(batch["example_id"]) // count
+    return {name: leaf[index * rows : (index + 1) * rows] for name, leaf in batch.items()}
+
+
+def train(run: specs.Spec, workdir, task=None, poisoned=(), data="toy", pause=0.0, hang_at=-1, **changes):
     """`trainer.train` on a toy, quietly."""
     size = run.train.batch_size
+    part = sharding.process_part(sharding.batch_sharding(sharding.make_mesh(run.mesh), run.rules), size)
     arguments = {
         "workdir": workdir,
-        "make_batches": lambda start: batches(start, size, poisoned, pause),
-        "eval_batches": lambda: [batch_of(10**6 + i, size) for i in range(run.train.eval_batches)],
+        "make_batches": lambda start: batches(start, size, poisoned, pause, part, hang_at),
+        "eval_batches": lambda: [part_of(batch_of(10**6 + i, size), *part) for i in range(run.train.eval_batches)],
         "data_fingerprint": data,
         "tensorboard": False,
         "bar": False,
@@ -186,14 +196,20 @@ def bits(tree) -> str:
     return digest.hexdigest()
 
 
-def main(kind: str, workdir: str, changes: str = "{}") -> int:
-    """Trains a toy slowly enough to be interrupted; says "step N" as it goes."""
-    slow = float(os.environ.get("TOY_PAUSE", "0"))
+def main(kind: str, workdir: str, changes: str = "{}", coordinator=None, processes=None, process=None) -> int:
+    """Trains a toy slowly enough to be interrupted; says how it ended."""
+    slow, hang_at = float(os.environ.get("TOY_PAUSE", "0")), int(os.environ.get("TOY_HANG_AT", "-1"))
+    run = spec(**json.loads(changes))
+    if coordinator:
+        hosts.start(coordinator, int(processes), int(process), heartbeat_seconds=run.deadlines.heartbeat)
     try:
-        result = train(spec(**json.loads(changes)), pathlib.Path(workdir), TASKS[kind](), pause=slow)
+        result = train(run, pathlib.Path(workdir), TASKS[kind](), pause=slow, hang_at=hang_at)
     except signals.Stopped as stopped:
         print(stopped, flush=True)
         return stopped.exit_code
+    except (hosts.HostError, jax.errors.JaxRuntimeError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        hosts.leave(1)
     print("done", result.step, flush=True)
     return 0
 

@@ -1,0 +1,129 @@
+"""A thread that ends a run which waits in vain, and says who waits for what.
+
+Started before anything is restored. The run says which phase it enters; each has a deadline in the
+config's `deadlines`. In a run of several processes the thread also tells the others where this one is,
+and ends it soon after another one has said that it failed.
+"""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from typing import Any, NoReturn
+
+from muse_jax.specs import DeadlinesSpec
+from muse_jax.training import hosts
+
+STUCK = 124  # exit code, as `timeout` has it
+FAILED = 1
+DONE = "done"  # the phase of a process that needs no others any more
+_BEAT = 1.0  # seconds between looks at the clock
+
+
+class Watchdog:
+    """Use as a context manager around the run; see `enter`."""
+
+    def __init__(self, deadlines: DeadlinesSpec):
+        self._deadlines = deadlines
+        self._at: tuple[str, int, float] = ("start", 0, time.monotonic())
+        self._heard: dict[int, tuple[float, float]] = {}
+        self._stop = threading.Event()
+        self._main = threading.get_ident()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="muse_jax watchdog")
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+        if hosts.several():
+            with contextlib.suppress(Exception):
+                hosts.say({**self._status(), "phase": DONE})
+
+    def enter(self, phase: str, step: int) -> None:
+        """Says that a phase of `DeadlinesSpec` begins, at this step."""
+        self._at = (phase, step, time.monotonic())
+
+    def described(self) -> str:
+        """The phase and step, in words."""
+        return f"{self._at[0]!r} at step {self._at[1]}"
+
+    def _run(self) -> None:
+        while not self._stop.wait(_BEAT):
+            phase, step, since = self._at
+            seconds = time.monotonic() - since
+            if hosts.several():
+                news = None
+                with contextlib.suppress(Exception):  # the service's own heartbeats end what can't reach it
+                    hosts.say(self._status())
+                    news = hosts.announced() or self._unheard()
+                if news and not self._stop.is_set():
+                    hosts.announce(news)
+                    self._end(f"{news}. Start all processes again to go on from the newest checkpoint.", FAILED)
+            deadline = getattr(self._deadlines, phase)
+            if 0 < deadline < seconds and not self._stop.is_set():
+                self._end(self._report(phase, step, seconds, deadline), STUCK)
+
+    def _unheard(self) -> str | None:
+        """Names a process that says nothing any more; process 0 looks after the others."""
+        if not hosts.leads():
+            return None
+        now, limit = time.monotonic(), self._deadlines.heartbeat
+        for index, told in hosts.statuses().items():
+            beat, heard = self._heard.get(index, (None, now))
+            if beat != told["beat"]:
+                self._heard[index] = (told["beat"], now)
+            elif told["phase"] != DONE and now - heard > limit:
+                return (
+                    f"process {index} ({told['host']}, pid {told['pid']}) is gone or can't be reached: nothing heard "
+                    f"of it for {limit:g} s (deadlines.heartbeat), last in {told['phase']!r} at step {told['step']}"
+                )
+        return None
+
+    def _status(self) -> dict[str, Any]:
+        phase, step, since = self._at
+        return {"phase": phase, "step": step, "seconds": time.monotonic() - since, "where": self._where()}
+
+    def _where(self) -> str:
+        """The innermost call of the main thread."""
+        frame = sys._current_frames().get(self._main)
+        if frame is None:
+            return "no code"
+        line = traceback.extract_stack(frame)[-1]
+        return f"{os.path.basename(line.filename)}:{line.lineno} {line.name}"
+
+    def _report(self, phase: str, step: int, seconds: float, deadline: float) -> str:
+        lines = [
+            f"{phase!r} at step {step} has taken {seconds:.0f} s; deadlines.{phase} allows {deadline:g} s. "
+            "Who waits where:"
+        ]
+        told = {0: {"host": "this one", "pid": os.getpid(), **self._status()}}
+        if hosts.several():
+            with contextlib.suppress(Exception):
+                hosts.say(self._status())
+                told = hosts.statuses()
+        for index, at in sorted(told.items()):
+            lines.append(
+                f"  process {index} ({at['host']}, pid {at['pid']}): {at['phase']!r} at step {at['step']} "
+                f"for {at['seconds']:.0f} s, in {at['where']}"
+            )
+        last = max(at["step"] for at in told.values())
+        behind = [i for i, at in sorted(told.items()) if at["phase"] != "step" or at["step"] < last]
+        if 0 < len(behind) < len(told):
+            lines.append(f"The others wait for {', '.join(f'process {i}' for i in behind)}.")
+        return "\n".join([*lines, "Start again to go on from the newest checkpoint."])
+
+    def _end(self, text: str, code: int) -> NoReturn:
+        print(f"watchdog: {text}", file=sys.stderr, flush=True)
+        if code == STUCK:
+            faulthandler.dump_traceback(all_threads=True)
+            if hosts.several():
+                hosts.announce(f"watchdog: {text}")
+        if hosts.several():
+            hosts.leave(code)
+        os._exit(code)
