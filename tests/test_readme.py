@@ -22,7 +22,11 @@ ELSEWHERE = {
     "pytest": ".ci/run",
     "python -m muse_jax.compile --config=configs/base_3b.py --topology=v4:4x8x8": "tests/test_compile.py",
 }
-SLOW = ("--configs=configs/pictures", "muse_jax.benchmark")  # words of commands that take half a minute and more
+SLOW = (
+    "--configs=configs/pictures",
+    "muse_jax.benchmark",
+    "muse_jax.overhead",
+)  # words of commands that take half a minute and more
 
 
 def _fenced(language: str) -> list[str]:
@@ -44,6 +48,8 @@ def _short(command: str) -> list[str]:
         words += ["--num_edits=1", "--out=runs/e"]
     if "muse_jax.benchmark" in words:
         words += ["--quick"]
+    if "muse_jax.overhead" in words:
+        words += ["--variant=tiny", "--steps=3", "--rounds=1"]
     return [sys.executable, *words[1:]]
 
 

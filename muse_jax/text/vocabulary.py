@@ -17,7 +17,6 @@ import base64
 import collections
 import functools
 import hashlib
-import os
 import re
 import tempfile
 import unicodedata
@@ -26,6 +25,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 from absl import logging
+from etils import epath
 from jaxtyping import Bool, Int32
 
 PAD = 0
@@ -263,13 +263,13 @@ class SentencePiece(Vocabulary):
         Raises:
           FileNotFoundError: naming the other vocabularies, since the path may be a misspelt name.
         """
-        if not os.path.isfile(path):
+        file = epath.Path(path)
+        if not file.is_file():
             raise FileNotFoundError(
                 f"data.vocabulary is {path!r}, which is no file; expected 'scenes', 'captions', 'bytes' "
                 "or the path of a SentencePiece model."
             )
-        with open(path, "rb") as file:
-            return cls(file.read())
+        return cls(file.read_bytes())
 
     @functools.cached_property
     def _seqio(self) -> Any:

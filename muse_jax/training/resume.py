@@ -28,6 +28,7 @@ FREE = (
     "rules",
     "checkpoint",
     "sample",
+    "profile",
     "data.path",
     "data.workers",
     "data.prefetch",
@@ -39,11 +40,13 @@ FREE = (
     "model.text.weights",
     "model.remat",
     "model.unroll",
+    "model.attention",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
     "train.sample_every",
     "train.stop_after_nonfinite",
+    "train.donate",
 )
 LENGTH = "train.steps"
 
