@@ -70,6 +70,8 @@ setuptools.setup(
             "ipywidgets>=8.1",
             "nbclient>=0.10",
             "kubernetes>=34.1",  # its models know the fields and types of manifests
+            # For the tests that compile the big configs; of one Python only, since they take minutes.
+            f"jax[tpu]{WITHOUT_WRONG_SUMS}; python_version < '3.12' and platform_machine == 'x86_64'",
             "pytest>=9.0",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",

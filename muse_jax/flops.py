@@ -60,6 +60,9 @@ def train(spec: specs.Spec, tokenizers: Mapping[str, specs.VQGANSpec]) -> float:
 
     Args:
       tokenizers: of the paths in task.tokenizer and task.low_tokenizer.
+
+    Raises:
+      NotImplementedError: for a model whose step isn't counted here.
     """
     images = jax.ShapeDtypeStruct((spec.train.batch_size, spec.data.image_size, spec.data.image_size, 3), jnp.float32)
     if isinstance(spec.model, specs.VQGANSpec):
@@ -71,6 +74,8 @@ def train(spec: specs.Spec, tokenizers: Mapping[str, specs.VQGANSpec]) -> float:
             judge = Discriminator(model.discriminator_channels, model.discriminator_layers, model.dtype)
             total += 7 * forward(judge, images)
         return total
+    if not isinstance(spec.model, specs.BaseSpec | specs.SuperResSpec | specs.MaskGITSpec):
+        raise NotImplementedError(f"the FLOPs of a train step of {type(spec.model).__name__}.")
     total = 3 * transformer(spec.model, spec.train.batch_size, spec.condition_length)
     precomputed = spec.data.name == "precomputed"
     encoder = getattr(spec.model, "text", None)

@@ -83,6 +83,7 @@ class BaseSpec:
     relative_positions: bool = False  # a bias for each 2D offset on attention; not in Muse
     remat: str = "none"  # "none", "full", or a name in jax.checkpoint_policies
     unroll: int = 1  # layers per iteration of the scan over layers
+    attention: str = "xla"  # who computes it: "xla" anywhere, "cudnn" its fused kernel, on NVIDIA GPUs in 16 bits
     dtype: str = "float32"
 
 
@@ -106,6 +107,7 @@ class SuperResSpec:
     relative_positions: bool = False  # a bias for each 2D offset on attention; not in Muse
     remat: str = "none"
     unroll: int = 1
+    attention: str = "xla"  # as for the base model
     dtype: str = "float32"
 
 
@@ -125,6 +127,7 @@ class MaskGITSpec:
     relative_positions: bool = False  # a bias for each 2D offset on attention; not in MaskGIT
     remat: str = "none"
     unroll: int = 1
+    attention: str = "xla"  # as for the base model
     dtype: str = "float32"
 
 
@@ -226,6 +229,7 @@ class OptimizerSpec:
     weight_decay: float = 0.0
     clip_norm: float = 0.0  # 0: off
     accumulate: int = 1  # micro-batches a step
+    gradient_dtype: str = "float32"  # between the backward pass and the optimizer, and of sums over micro-batches
     ema_decay: float = 0.0  # 0: no EMA
     adam_learning_rate: float = 0.0  # muon: for what is no matrix; 0: learning_rate
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {label: {field: value}}
@@ -252,6 +256,7 @@ class TrainSpec:
     sample_every: int = 0  # previews of fixed prompts; 0: at the end only
     stop_after_nonfinite: int = 10  # such steps in a row that end the run
     compare_every: int = 1000  # steps; whether replicas are the same bits; 0: with each checkpoint only
+    donate: bool = True  # the new state takes the old one's memory; False keeps both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +278,14 @@ class DeadlinesSpec:
     samples: float = 3600
     save: float = 1800  # a checkpoint, as far as the steps wait for it
     heartbeat: float = 60  # until a process of which nothing is heard counts as dead
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileSpec:
+    """Steps that are recorded for xprof, in the workdir."""
+
+    start_step: int = 10
+    num_steps: int = 0  # 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +322,7 @@ class Spec:
     checkpoint: CheckpointSpec
     sample: SampleSpec
     deadlines: DeadlinesSpec = dataclasses.field(default_factory=DeadlinesSpec)
+    profile: ProfileSpec = dataclasses.field(default_factory=ProfileSpec)
 
     @property
     def condition_length(self) -> int:
@@ -335,6 +349,7 @@ def from_config(config: Any) -> Spec:
         "checkpoint": CheckpointSpec,
         "sample": SampleSpec,
         "deadlines": DeadlinesSpec,
+        "profile": ProfileSpec,
     }
     built = {name: _build(cls, tree.get(name, {}), name) for name, cls in rest.items()}
     rules = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(tree.get("rules", {})).items()}
@@ -437,9 +452,13 @@ def _check_misfits(spec: Spec) -> None:
     _positive(spec.checkpoint, ("every_steps", "keep"), "checkpoint")
     _positive(spec.data, ("image_size",), "data")
     _positive(spec.deadlines, ("heartbeat",), "deadlines")
+    for name in ("start_step", "num_steps"):
+        if getattr(spec.profile, name) < 0:
+            raise SpecError(f"profile.{name} is {getattr(spec.profile, name)}; expected at least 0.")
     _one_of(spec.data.name, ("scenes", "folder", "tfds", "synthetic", "precomputed"), "data.name")
     _one_of(spec.data.crop, ("center", "random"), "data.crop")
     _one_of(spec.optimizer.name, ("adamw", "adafactor", "muon"), "optimizer.name")
+    _one_of(spec.optimizer.gradient_dtype, ("float32", "bfloat16"), "optimizer.gradient_dtype")
     _one_of(spec.optimizer.schedule, ("cosine", "constant", "linear"), "optimizer.schedule")
     if spec.train.batch_size % spec.optimizer.accumulate:
         raise SpecError(
@@ -479,6 +498,9 @@ def _check_transformer(spec: Spec) -> None:
         raise SpecError("this model predicts tokens; it needs task.name 'tokens'.")
     if model.width % model.heads:
         raise SpecError(f"model.width {model.width} is not a multiple of model.heads {model.heads}.")
+    _one_of(model.attention, ("xla", "cudnn"), "model.attention")
+    if model.attention == "cudnn" and model.dtype not in ("bfloat16", "float16"):
+        raise SpecError(f"model.attention 'cudnn' has kernels for 16 bits only; model.dtype is {model.dtype!r}.")
     if not spec.task.tokenizer:
         raise SpecError(
             "task.tokenizer is empty; name the folder of a trained tokenizer (--config.task.tokenizer=DIR)."

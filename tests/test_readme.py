@@ -26,6 +26,7 @@ SLOW = (
     "--configs=configs/pictures",
     "muse_jax.benchmark",
     "--sweep",
+    "muse_jax.overhead",
 )  # words of commands that take half a minute and more
 
 
@@ -48,6 +49,8 @@ def _short(command: str) -> list[str]:
         words += ["--num_edits=1", "--num_swept=2", "--sweep_steps=2", "--out=runs/e"]
     if "muse_jax.benchmark" in words:
         words += ["--quick"]
+    if "muse_jax.overhead" in words:
+        words += ["--variant=tiny", "--steps=3", "--rounds=1"]
     return [sys.executable, *words[1:]]
 
 

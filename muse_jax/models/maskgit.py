@@ -38,6 +38,7 @@ class MaskGIT(nn.Module):
             relative=s.relative_positions,
             remat=s.remat,
             unroll=s.unroll,
+            implementation=s.attention,
             dtype=dtype,
         )
         self.head = muse.Head(s.codebook_size, dtype)

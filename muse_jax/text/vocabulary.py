@@ -18,7 +18,6 @@ import collections
 import difflib
 import functools
 import hashlib
-import os
 import re
 import tempfile
 import unicodedata
@@ -27,6 +26,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 from absl import logging
+from etils import epath
 from jaxtyping import Bool, Int32
 
 PAD = 0
@@ -322,13 +322,13 @@ class SentencePiece(Vocabulary):
         Raises:
           FileNotFoundError: naming the other vocabularies, since the path may be a misspelt name.
         """
-        if not os.path.isfile(path):
+        file = epath.Path(path)
+        if not file.is_file():
             raise FileNotFoundError(
                 f"data.vocabulary is {path!r}, which is no file; expected 'scenes', 'captions', 'bytes', 'classes' "
                 "or the path of a SentencePiece model."
             )
-        with open(path, "rb") as file:
-            return cls(file.read())
+        return cls(file.read_bytes())
 
     @functools.cached_property
     def _seqio(self) -> Any:

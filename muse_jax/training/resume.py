@@ -29,6 +29,7 @@ FREE = (
     "checkpoint",
     "sample",
     "deadlines",
+    "profile",
     "data.path",
     "data.workers",
     "data.prefetch",
@@ -40,12 +41,14 @@ FREE = (
     "model.text.weights",
     "model.remat",
     "model.unroll",
+    "model.attention",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
     "train.sample_every",
     "train.stop_after_nonfinite",
     "train.compare_every",
+    "train.donate",
 )
 LENGTH = "train.steps"
 
