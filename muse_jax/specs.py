@@ -172,13 +172,18 @@ RULES: Mapping[str, Any] = {
 }
 
 
+# Generated scenes, a folder of pictures, TFDS, what `convert` and `precompute` wrote, noise, several of them.
+SOURCES = ("scenes", "folder", "tfds", "array_record", "precomputed", "synthetic", "mixture")
+FILTERED = ("folder", "array_record")  # with pictures' sizes known, so that some can be left out
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
     """Where examples come from and what a batch holds."""
 
-    name: str  # "scenes", "folder", "tfds", "synthetic", or "precomputed": tokens and text embeddings
+    name: str  # one of SOURCES
     image_size: int
-    path: str = ""  # folder: the folder; tfds: its data_dir
+    path: str = ""  # folder, array_record, precomputed: the folder; tfds: its data_dir
     dataset: str = ""  # tfds: name, such as "cifar10" or "oxford_flowers102:2.1.1"
     split: str = "train"
     eval_split: str = "test"
@@ -188,6 +193,10 @@ class DataSpec:
     vocabulary: str = ""  # "scenes", "captions" (made from the data), "bytes", or a sentencepiece model
     crop: str = "center"  # "center" or "random"
     flip: bool = False  # random horizontal flip; not where captions say left and right
+    min_side: int = 0  # folder, array_record: pictures whose shorter side has fewer pixels are left out
+    max_aspect: float = 0.0  # folder, array_record: and those with a longer side over this times the shorter; 0: none
+    text_embeddings: bool = False  # precomputed: batches have the text's embeddings; False: its ids
+    sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # mixture: {label: {"weight": ..., changes}}
     workers: int = 0  # processes that load; 0: threads of this one
     prefetch: int = 2  # batches held ready
 
@@ -378,8 +387,7 @@ def _check_misfits(spec: Spec) -> None:
     _positive(spec.train, ("steps", "batch_size", "log_every"), "train")
     _positive(spec.checkpoint, ("every_steps", "keep"), "checkpoint")
     _positive(spec.data, ("image_size",), "data")
-    _one_of(spec.data.name, ("scenes", "folder", "tfds", "synthetic", "precomputed"), "data.name")
-    _one_of(spec.data.crop, ("center", "random"), "data.crop")
+    _check_data(spec.data)
     _one_of(spec.optimizer.name, ("adamw", "adafactor", "muon"), "optimizer.name")
     _one_of(spec.optimizer.schedule, ("cosine", "constant", "linear"), "optimizer.schedule")
     if spec.train.batch_size % spec.optimizer.accumulate:
@@ -394,6 +402,20 @@ def _check_misfits(spec: Spec) -> None:
         _check_tokenizer(spec)
     else:
         _check_transformer(spec)
+
+
+def _check_data(data: DataSpec, path: str = "data") -> None:
+    _one_of(data.name, SOURCES, f"{path}.name")
+    _one_of(data.crop, ("center", "random"), f"{path}.crop")
+    if (data.min_side or data.max_aspect) and data.name not in FILTERED:
+        raise SpecError(
+            f"{path}.min_side and {path}.max_aspect filter {' and '.join(map(repr, FILTERED))}, not {data.name!r}; "
+            "set them to 0, or filter with muse_jax.convert."
+        )
+    if data.max_aspect and data.max_aspect < 1:
+        raise SpecError(f"{path}.max_aspect is {data.max_aspect}; a longer side is at least once the shorter.")
+    if data.text_embeddings and data.name != "precomputed":
+        raise SpecError(f"{path}.text_embeddings is set, but only {path}.name='precomputed' has them; unset it.")
 
 
 def _check_tokenizer(spec: Spec) -> None:

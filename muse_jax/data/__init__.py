@@ -13,6 +13,7 @@ for many examples at once.
 
 from typing import Any
 
+from muse_jax import specs
 from muse_jax.data.loader import Loader, make_loader
 from muse_jax.specs import DataSpec
 from muse_jax.text import vocabulary as vocabulary_lib
@@ -20,7 +21,7 @@ from muse_jax.text import vocabulary as vocabulary_lib
 __all__ = ["Loader", "fingerprint", "make_loader", "make_source", "make_vocabulary"]
 
 # The vocabulary where data.vocabulary is empty.
-_VOCABULARIES = {"scenes": "scenes", "folder": "captions", "tfds": "captions", "synthetic": "bytes"}
+_VOCABULARIES = {"scenes": "scenes", "synthetic": "bytes"}  # elsewhere "captions"
 
 
 def make_source(spec: DataSpec, split: str = "train") -> Any:
@@ -47,13 +48,17 @@ def make_source(spec: DataSpec, split: str = "train") -> Any:
         from muse_jax.data.tfds_source import TFDSSource
 
         return TFDSSource(spec, split)
+    if spec.name == "array_record":
+        from muse_jax.data.array_record_source import ArrayRecordSource
+
+        return ArrayRecordSource(spec, split)
     if spec.name == "synthetic":
         from muse_jax.data.synthetic import SyntheticSource
 
         return SyntheticSource(spec, split)
     if spec.name == "precomputed":
         raise ValueError("data.name is 'precomputed': such runs can be compiled, but nothing reads their data yet.")
-    raise ValueError(f"data.name is {spec.name!r}; expected 'scenes', 'folder', 'tfds' or 'synthetic'.")
+    raise ValueError(f"data.name is {spec.name!r}; expected one of {', '.join(map(repr, specs.SOURCES))}.")
 
 
 def make_vocabulary(spec: DataSpec) -> vocabulary_lib.Vocabulary | None:
@@ -66,7 +71,7 @@ def make_vocabulary(spec: DataSpec) -> vocabulary_lib.Vocabulary | None:
     """
     if not spec.text_length:
         return None
-    name = spec.vocabulary or _VOCABULARIES[spec.name]
+    name = spec.vocabulary or _VOCABULARIES.get(spec.name, "captions")
     if name == "scenes":
         from muse_jax.data import scenes
 
