@@ -72,10 +72,11 @@ def train(spec: specs.Spec, tokenizers: Mapping[str, specs.VQGANSpec]) -> float:
             total += 7 * forward(judge, images)
         return total
     total = 3 * transformer(spec.model, spec.train.batch_size, spec.data.text_length)
-    precomputed = spec.data.name == "precomputed"
     if not spec.model.text.trainable:
-        total -= (3 - (not precomputed)) * text(spec.model.text, spec.train.batch_size, spec.data.text_length)
-    if precomputed:
+        total -= (3 - (not spec.data.text_embeddings)) * text(
+            spec.model.text, spec.train.batch_size, spec.data.text_length
+        )
+    if specs.is_precomputed(spec.data):
         return total
     tokenizer = tokenizers[spec.task.tokenizer]
     total += encode(tokenizer, images)

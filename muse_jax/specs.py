@@ -175,6 +175,8 @@ RULES: Mapping[str, Any] = {
 # Generated scenes, a folder of pictures, TFDS, what `convert` and `precompute` wrote, noise, several of them.
 SOURCES = ("scenes", "folder", "tfds", "array_record", "precomputed", "synthetic", "mixture")
 FILTERED = ("folder", "array_record")  # with pictures' sizes known, so that some can be left out
+# What the sources of a mixture cannot have each for itself.
+MIXED_ALIKE = ("sources", "image_size", "text_length", "text_embeddings", "vocabulary", "workers", "prefetch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,9 +406,50 @@ def _check_misfits(spec: Spec) -> None:
         _check_transformer(spec)
 
 
+def mixture_parts(data: DataSpec) -> dict[str, tuple[float, DataSpec]]:
+    """{label: (weight, data section)} of a mixture's sources, which have what they don't change from `data`.
+
+    Raises:
+      SpecError: if a source is no data section, or changes what a batch has in common.
+    """
+    parts = {}
+    for label, tree in data.sources.items():
+        path = f"data.sources.{label}"
+        if not isinstance(tree, Mapping):
+            raise SpecError(f"{path} is {tree!r}; expected a section with a weight and keys of DataSpec.")
+        changes = dict(tree)
+        weight = _convert(float, changes.pop("weight", 0), f"{path}.weight")
+        if not 0 < weight < float("inf"):
+            raise SpecError(f"{path}.weight is {weight}; expected a positive number.")
+        for key in MIXED_ALIKE:
+            if key in changes:
+                raise SpecError(f"{path}.{key} is set, but a batch has one data.{key}; set that.")
+        shared = {**dataclasses.asdict(data), "sources": {}, "min_side": 0, "max_aspect": 0.0}
+        parts[label] = weight, _build(DataSpec, {**shared, **changes}, path)
+    return parts
+
+
+def is_precomputed(data: DataSpec) -> bool:
+    """Whether batches have tokens in the place of pictures."""
+    if data.name == "mixture":
+        return all(is_precomputed(part) for _, part in mixture_parts(data).values())
+    return data.name == "precomputed"
+
+
 def _check_data(data: DataSpec, path: str = "data") -> None:
     _one_of(data.name, SOURCES, f"{path}.name")
     _one_of(data.crop, ("center", "random"), f"{path}.crop")
+    if (data.name == "mixture") != bool(data.sources) or (data.name == "mixture" and path != "data"):
+        raise SpecError(
+            f"{path}.name is {data.name!r} and {path}.sources has {len(data.sources)} entries; "
+            "a mixture has sources, everything else has none."
+        )
+    if data.name == "mixture":
+        for label, (_, part) in mixture_parts(data).items():
+            _check_data(part, f"data.sources.{label}")
+        if data.min_side or data.max_aspect:
+            raise SpecError(f"{path}.min_side and {path}.max_aspect are set; set them in the mixture's sources.")
+        return
     if (data.min_side or data.max_aspect) and data.name not in FILTERED:
         raise SpecError(
             f"{path}.min_side and {path}.max_aspect filter {' and '.join(map(repr, FILTERED))}, not {data.name!r}; "
@@ -419,6 +462,8 @@ def _check_data(data: DataSpec, path: str = "data") -> None:
 
 
 def _check_tokenizer(spec: Spec) -> None:
+    if is_precomputed(spec.data):
+        raise SpecError("data.name 'precomputed' has tokens, not the pictures that a tokenizer learns from; change it.")
     if not isinstance(spec.task, TokenizerTaskSpec):
         raise SpecError("model.name 'vqgan' needs task.name 'tokenizer'.")
     if spec.data.image_size % spec.model.factor:
@@ -450,6 +495,8 @@ def _check_transformer(spec: Spec) -> None:
         )
     if not model.text.trainable and not model.text.weights:
         raise SpecError("model.text is frozen but model.text.weights is empty; name its weights or make it trainable.")
+    if spec.data.text_embeddings and model.text.trainable:
+        raise SpecError("data.text_embeddings is set, but model.text is trained, and its embeddings change; unset it.")
     if isinstance(model, SuperResSpec):
         if not spec.task.low_tokenizer:
             raise SpecError(

@@ -22,7 +22,11 @@ ELSEWHERE = {
     "pytest": ".ci/run",
     "python -m muse_jax.compile --config=configs/base_3b.py --topology=v4:4x8x8": "tests/test_compile.py",
 }
-SLOW = ("--configs=configs/pictures", "muse_jax.benchmark")  # words of commands that take half a minute and more
+SLOW = (
+    "--configs=configs/pictures",
+    "muse_jax.benchmark",
+    "runs/emoji-records",
+)  # words of commands that take half a minute and more
 
 
 def _fenced(language: str) -> list[str]:

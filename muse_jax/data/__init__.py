@@ -5,10 +5,10 @@ batches, `make_vocabulary` what turns captions to ids, and `fingerprint` a short
 when the data do. Sources are imported when they are asked for, so that no run needs the libraries
 of another's data.
 
-A source has ``len(source)`` and ``source[i]``, a dict with `image` uint8 [s, s, 3] and, where there is one,
-`text` (str) and `label` (int); ``source.captions()`` for vocabularies; ``source.fingerprint()``; and either
-``source.example(i, seed)``, whose seed draws crop and flip, or ``source.batch(indices, seeds)``, the same
-for many examples at once.
+A source has ``len(source)`` and ``source[i]``, a dict with `image` uint8 [s, s, 3], or what was precomputed
+from one, and, where there is one, `text` (str) and `label` (int); ``source.captions()`` for vocabularies;
+``source.fingerprint()``; and either ``source.example(i, seed)``, whose seed (of the run, and the example id)
+draws crop, flip and caption, or ``source.batch(indices, seeds)``, the same for many examples at once.
 """
 
 from typing import Any
@@ -57,7 +57,15 @@ def make_source(spec: DataSpec, split: str = "train") -> Any:
 
         return SyntheticSource(spec, split)
     if spec.name == "precomputed":
-        raise ValueError("data.name is 'precomputed': such runs can be compiled, but nothing reads their data yet.")
+        from muse_jax.data.precomputed_source import PrecomputedSource
+
+        return PrecomputedSource(spec, split)
+    if spec.name == "mixture":
+        from muse_jax.data.mixture import Mixture
+
+        return Mixture(
+            {label: (weight, make_source(part, split)) for label, (weight, part) in specs.mixture_parts(spec).items()}
+        )
     raise ValueError(f"data.name is {spec.name!r}; expected one of {', '.join(map(repr, specs.SOURCES))}.")
 
 

@@ -48,7 +48,8 @@ class ArrayRecordSource:
         for shard in self._shards:
             with (folder / (shard.name + SIZES)).open("rb") as file:
                 sizes = np.load(io.BytesIO(file.read()), allow_pickle=False)
-            faults = (transforms.size_fault(*size, self._spec.min_side, self._spec.max_aspect) for size in sizes)
+            filters = self._spec.min_side, self._spec.max_aspect
+            faults = (transforms.size_fault(*size, *filters) for size in sizes.tolist())
             kept += [first + i for i, fault in enumerate(faults) if not fault]
             first += shard.records
         return np.array(kept, np.int64)

@@ -102,7 +102,7 @@ def size_fault(width: int, height: int, min_side: int = 0, max_aspect: float = 0
       min_side: pixels that the shorter side has at least; 0: any.
       max_aspect: how many times as long as the shorter side the longer one is at most; 0: any.
     """
-    short, long = sorted((int(width), int(height)))
+    short, long = sorted((width, height))
     if short < min_side:
         return f"shorter side below {min_side} pixels"
     if max_aspect and long > max_aspect * short:
