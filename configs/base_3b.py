@@ -70,6 +70,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         flip=False,  # captions say left and right
         workers=16,  # of the 240 cores that a v4 host has
         prefetch=2,
+        text_embeddings=False,
     )
     config.optimizer = dict(
         name="adafactor",  # base table
@@ -109,5 +110,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         top_p=1.0,
     )
     if variant == "precomputed":
-        config.data.update(name="precomputed", path="data/precomputed", crop="center")
+        config.data.update(name="precomputed", path="data/precomputed", text_embeddings=True)
     return config.lock()

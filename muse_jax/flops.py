@@ -77,11 +77,11 @@ def train(spec: specs.Spec, tokenizers: Mapping[str, specs.VQGANSpec]) -> float:
     if not isinstance(spec.model, specs.BaseSpec | specs.SuperResSpec | specs.MaskGITSpec):
         raise NotImplementedError(f"the FLOPs of a train step of {type(spec.model).__name__}.")
     total = 3 * transformer(spec.model, spec.train.batch_size, spec.condition_length)
-    precomputed = spec.data.name == "precomputed"
     encoder = getattr(spec.model, "text", None)
     if encoder is not None and not encoder.trainable:
-        total -= (3 - (not precomputed)) * text(encoder, spec.train.batch_size, spec.data.text_length)
-    if precomputed:
+        once = not spec.data.text_embeddings
+        total -= (3 - once) * text(encoder, spec.train.batch_size, spec.data.text_length)
+    if specs.is_precomputed(spec.data):
         return total
     tokenizer = tokenizers[spec.task.tokenizer]
     total += encode(tokenizer, images)

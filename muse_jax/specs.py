@@ -195,13 +195,20 @@ RULES: Mapping[str, Any] = {
 }
 
 
+# Generated scenes, a folder of pictures, TFDS, what `convert` and `precompute` wrote, noise, several of them.
+SOURCES = ("scenes", "folder", "tfds", "array_record", "precomputed", "synthetic", "mixture")
+FILTERED = ("folder", "array_record")  # with pictures' sizes known, so that some can be left out
+# What the sources of a mixture cannot have each for itself.
+MIXED_ALIKE = ("sources", "image_size", "text_length", "text_embeddings", "vocabulary", "workers", "prefetch")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
     """Where examples come from and what a batch holds."""
 
-    name: str  # "scenes", "folder", "tfds", "synthetic", or "precomputed": tokens and text embeddings
+    name: str  # one of SOURCES
     image_size: int
-    path: str = ""  # folder: the folder; tfds: its data_dir
+    path: str = ""  # folder, array_record, precomputed: the folder; tfds: its data_dir
     dataset: str = ""  # tfds: name, such as "cifar10" or "oxford_flowers102:2.1.1"
     split: str = "train"
     eval_split: str = "test"
@@ -211,6 +218,10 @@ class DataSpec:
     vocabulary: str = ""  # "scenes", "captions" (made from the data), "bytes", a sentencepiece model, or "classes"
     crop: str = "center"  # "center" or "random"
     flip: bool = False  # random horizontal flip; not where captions say left and right
+    min_side: int = 0  # folder, array_record: pictures whose shorter side has fewer pixels are left out
+    max_aspect: float = 0.0  # folder, array_record: and those with a longer side over this times the shorter; 0: none
+    text_embeddings: bool = False  # precomputed: batches have the text's embeddings; False: its ids
+    sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # mixture: {label: {"weight": ..., changes}}
     workers: int = 0  # processes that load; 0: threads of this one
     prefetch: int = 2  # batches held ready
 
@@ -455,8 +466,7 @@ def _check_misfits(spec: Spec) -> None:
     for name in ("start_step", "num_steps"):
         if getattr(spec.profile, name) < 0:
             raise SpecError(f"profile.{name} is {getattr(spec.profile, name)}; expected at least 0.")
-    _one_of(spec.data.name, ("scenes", "folder", "tfds", "synthetic", "precomputed"), "data.name")
-    _one_of(spec.data.crop, ("center", "random"), "data.crop")
+    _check_data(spec.data)
     _one_of(spec.optimizer.name, ("adamw", "adafactor", "muon"), "optimizer.name")
     _one_of(spec.optimizer.gradient_dtype, ("float32", "bfloat16"), "optimizer.gradient_dtype")
     _one_of(spec.optimizer.schedule, ("cosine", "constant", "linear"), "optimizer.schedule")
@@ -474,7 +484,64 @@ def _check_misfits(spec: Spec) -> None:
         _check_transformer(spec)
 
 
+def mixture_parts(data: DataSpec) -> dict[str, tuple[float, DataSpec]]:
+    """{label: (weight, data section)} of a mixture's sources, which have what they don't change from `data`.
+
+    Raises:
+      SpecError: if a source is no data section, or changes what a batch has in common.
+    """
+    parts = {}
+    for label, tree in data.sources.items():
+        path = f"data.sources.{label}"
+        if not isinstance(tree, Mapping):
+            raise SpecError(f"{path} is {tree!r}; expected a section with a weight and keys of DataSpec.")
+        changes = dict(tree)
+        weight = _convert(float, changes.pop("weight", 0), f"{path}.weight")
+        if not 0 < weight < float("inf"):
+            raise SpecError(f"{path}.weight is {weight}; expected a positive number.")
+        for key in MIXED_ALIKE:
+            if key in changes:
+                raise SpecError(f"{path}.{key} is set, but a batch has one data.{key}; set that.")
+        shared = {**dataclasses.asdict(data), "sources": {}, "min_side": 0, "max_aspect": 0.0}
+        parts[label] = weight, _build(DataSpec, {**shared, **changes}, path)
+    return parts
+
+
+def is_precomputed(data: DataSpec) -> bool:
+    """Whether batches have tokens in the place of pictures."""
+    if data.name == "mixture":
+        return all(is_precomputed(part) for _, part in mixture_parts(data).values())
+    return data.name == "precomputed"
+
+
+def _check_data(data: DataSpec, path: str = "data") -> None:
+    _one_of(data.name, SOURCES, f"{path}.name")
+    _one_of(data.crop, ("center", "random"), f"{path}.crop")
+    if (data.name == "mixture") != bool(data.sources) or (data.name == "mixture" and path != "data"):
+        raise SpecError(
+            f"{path}.name is {data.name!r} and {path}.sources has {len(data.sources)} entries; "
+            "a mixture has sources, everything else has none."
+        )
+    if data.name == "mixture":
+        for label, (_, part) in mixture_parts(data).items():
+            _check_data(part, f"data.sources.{label}")
+        if data.min_side or data.max_aspect:
+            raise SpecError(f"{path}.min_side and {path}.max_aspect are set; set them in the mixture's sources.")
+        return
+    if (data.min_side or data.max_aspect) and data.name not in FILTERED:
+        raise SpecError(
+            f"{path}.min_side and {path}.max_aspect filter {' and '.join(map(repr, FILTERED))}, not {data.name!r}; "
+            "set them to 0, or filter with muse_jax.convert."
+        )
+    if data.max_aspect and data.max_aspect < 1:
+        raise SpecError(f"{path}.max_aspect is {data.max_aspect}; a longer side is at least once the shorter.")
+    if data.text_embeddings and data.name != "precomputed":
+        raise SpecError(f"{path}.text_embeddings is set, but only {path}.name='precomputed' has them; unset it.")
+
+
 def _check_tokenizer(spec: Spec) -> None:
+    if is_precomputed(spec.data):
+        raise SpecError("data.name 'precomputed' has tokens, not the pictures that a tokenizer learns from; change it.")
     if not isinstance(spec.task, TokenizerTaskSpec):
         raise SpecError("model.name 'vqgan' needs task.name 'tokenizer'.")
     if spec.data.image_size % spec.model.factor:
@@ -535,3 +602,5 @@ def _check_condition(spec: Spec) -> None:
         raise SpecError("data.vocabulary is 'classes', but the model is conditioned on text; use model.name='maskgit'.")
     if not model.text.trainable and not model.text.weights:
         raise SpecError("model.text is frozen but model.text.weights is empty; name its weights or make it trainable.")
+    if data.text_embeddings and model.text.trainable:
+        raise SpecError("data.text_embeddings is set, but model.text is trained, and its embeddings change; unset it.")

@@ -114,7 +114,7 @@ def _text_encoder(spec: specs.Spec, abstract: bool) -> Any:
     text = getattr(spec.model, "text", None)
     if text is None or text.trainable:
         return None
-    if spec.data.name == "precomputed":
+    if spec.data.text_embeddings:
         return {}
     ids = jnp.zeros((1, spec.data.text_length), jnp.int32)
     expected = jax.eval_shape(t5.from_spec(text).init, jax.random.key(0), ids, ids > 0)["params"]

@@ -27,7 +27,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from muse_jax import data, flops, roofline, specs
+from muse_jax import data, flops, precomputed, roofline, specs
 from muse_jax.training import checkpoint, feed, hosts, reading, resume, sharding, signals, trainer
 
 # What a person can mend; said without a traceback.
@@ -67,6 +67,8 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
     check_vocabulary(spec, vocabulary)
     task = stages.build_task(spec, checkpoint.load_stage)
     source = data.make_source(spec.data, "train")
+    if specs.is_precomputed(spec.data):
+        precomputed.check(spec, task, source, vocabulary)
 
     def loader(split: str, start: int) -> data.Loader:
         return data.make_loader(

@@ -27,6 +27,7 @@ SLOW = (
     "muse_jax.benchmark",
     "--sweep",
     "muse_jax.overhead",
+    "runs/emoji-records",
 )  # words of commands that take half a minute and more
 
 

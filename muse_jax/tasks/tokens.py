@@ -171,6 +171,18 @@ class TokensTask:
         low = batch["low_tokens"] if "low_tokens" in batch else self._encode_low(frozen, batch["image"])
         return tokens, low
 
+    def precomputable(self, frozen: Params, batch: Batch, embeddings: bool) -> dict[str, jax.Array]:
+        """What batches may have instead of pictures and, if `embeddings`, instead of text ids.
+
+        Embeddings are in the model's dtype, which is how it reads them.
+        """
+        tokens, low = self.tokens(frozen, batch)
+        made = {"low_tokens": tokens} if low is None else {"low_tokens": low, "high_tokens": tokens}
+        if embeddings:
+            found = self._apply({}, frozen, "encode_text", batch["text_ids"], batch["text_mask"])
+            made["text_embeddings"] = found.astype(jnp.dtype(self.spec.model.dtype))
+        return made
+
     def _encode_low(self, frozen: Params, images: jax.Array) -> jax.Array:
         """Tokens of the picture decimated to what the low-resolution tokenizer was trained on.
 
