@@ -34,6 +34,7 @@ RELATIONS = {
 }
 HELD_OUT = (("green", "circle"), ("purple", "square"), ("yellow", "triangle"))  # never in train or test
 CLASSES = tuple((color, shape) for color in COLORS for shape in SHAPES)  # of a single object; the label is the place
+SINGLE_DIAMETERS = (0.40, 0.50)  # of such objects: larger than those that have to fit beside others
 SPLITS = {"train": 10_000_000, "test": 100_000, "held_out": 100_000}  # scenes in each
 
 _PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT)
@@ -150,16 +151,17 @@ def _scene(draws: _Draws, split: str) -> Scene:
 
 
 def single_objects(indices: Sequence[int], seed: int = 0, split: str = "train") -> list[Scene]:
-    """Scenes of one object of any of `CLASSES`, `HELD_OUT` too: a class can't be drawn that was never seen."""
+    """Scenes of one large object of any of `CLASSES`, `HELD_OUT` too: a class can't be drawn that was never seen."""
     return [_single_object(_Draws(row)) for row in _uniforms(np.asarray(indices), seed, split)]
 
 
 def _single_object(draws: _Draws) -> Scene:
     background = draws.choice(tuple(BACKGROUNDS))
     color, shape = draws.choice(CLASSES)
-    groups = (Group(1, draws.choice(tuple(SIZES)), color, shape),)
-    caption = _caption(background, groups, None, draws)
-    return Scene(background, groups, None, _place(groups, None, draws), caption)
+    groups = (Group(1, "large", color, shape),)
+    x, y = (draws.uniform(0.38, 0.62) for _ in range(2))
+    objects = (SceneObject(0, x, y, draws.uniform(*SINGLE_DIAMETERS)),)
+    return Scene(background, groups, None, objects, _caption(background, groups, None, draws))
 
 
 def label(item: Scene) -> int:

@@ -173,7 +173,7 @@ class MusePipeline(editing.Editing):
             prompt, negative_prompt = (self._class_names(value) for value in (prompt, negative_prompt))
         return make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
 
-    def class_name(self, label: str | int) -> str:
+    def class_name(self, label: str | int | np.integer) -> str:
         """The name of a class from its name, written in any way, or its number; '' is no class.
 
         Raises:

@@ -52,7 +52,7 @@ def test_a_sweep(by_class, tmp_path):
     assert [row["steps"] for row in cosine] == [2, 4, 8]
     assert [row["accuracy"] for row in cosine][1:] == [1, 1]
     assert [row["accuracy"] for row in linear][1] == cosine[0]["accuracy"] < 0.3
-    assert cosine[0]["frechet"] > 3 * cosine[2]["frechet"]
+    assert cosine[0]["frechet"] > cosine[2]["frechet"]
     assert found["true"] < found["tokenizer"]
     assert json.loads(json.dumps(found)) == found
     # The same prompts and seeds every time, so that they are compared on nothing else.
