@@ -14,6 +14,7 @@ Keys of a config are of three kinds:
 """
 
 import contextlib
+import fnmatch
 import json
 import os
 import pathlib
@@ -29,6 +30,7 @@ FREE = (
     "checkpoint",
     "sample",
     "data.path",
+    "data.sources.*.path",
     "data.workers",
     "data.prefetch",
     "data.eval_split",
@@ -134,7 +136,7 @@ def check_fingerprints(what: str, old: Any, new: Any, hint: str) -> None:
 
 
 def _free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+    return any(fnmatch.fnmatchcase(key, free) or key.startswith(f"{free}.") for free in FREE)
 
 
 def _changes(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:

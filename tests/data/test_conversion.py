@@ -269,6 +269,20 @@ def test_what_was_done_is_not_done_again(tars, tmp_path, monkeypatch):
         run(dataclasses.replace(work, min_side=9))
 
 
+@pytest.mark.slow
+def test_loading_processes_read_the_same(tars, tmp_path):
+    run(job(inputs.WebDataset(str(tars)), tmp_path / "out", eval_share=0.0))
+    found = []
+    for workers in (0, 2):
+        spec = spec_of(tmp_path / "out", workers=workers, vocabulary="bytes")
+        loader = data.make_loader(spec, batch_size=8, seed=0, vocabulary=data.make_vocabulary(spec))
+        found.append(list(itertools.islice(loader, 5)))
+        loader.close()
+    for one, other in zip(*found, strict=True):
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
 def test_wrong_inputs_are_named(tmp_path):
     with pytest.raises(inputs.InputError, match=r"names no tars; expected a folder of \*\.tar"):
         inputs.WebDataset(str(tmp_path)).pieces()
