@@ -145,15 +145,30 @@ def same(one, other, names):
             np.testing.assert_array_equal(first[name], second[name])
 
 
-def test_tokens_give_the_losses_of_the_same_crops(made, high_tokens):
+def test_tokens_are_those_of_the_runs_own_crops(made, high_tokens):
     folder, manifest = high_tokens
     online, ready = superres(made), reading(superres(made), folder)
-    assert manifest["splits"]["train"]["records"] == 2 * len(data.make_source(online.data))
-    tokens = batches(ready)
-    assert {"low_tokens", "high_tokens", "text_ids"} < tokens[0].keys()
+    length = len(data.make_source(online.data))
+    assert manifest["splits"]["train"]["records"] == 2 * length
+    pictures, tokens = batches(online), batches(ready)
     assert "image" not in tokens[0]
-    same(batches(online), tokens, ("example_id", "text_ids", "text_mask"))
-    # Of two epochs the crops are the run's own; a third one sees the first one's again.
+    same(pictures, tokens, ("example_id", "text_ids", "text_mask"))
+    task = stages.build_task(online, checkpoint.load_stage)
+    frozen = sharding.unbox(task.frozen())
+    compute = jax.jit(lambda image: task.tokens(frozen, {"image": image}))
+    for picture, token in zip(pictures, tokens, strict=True):
+        high, low = compute(picture["image"])
+        # Of two epochs the crops are the run's own; a third one sees the first one's again.
+        own = picture["example_id"] < 2 * length
+        np.testing.assert_array_equal(token["high_tokens"][own], high[own])
+        np.testing.assert_array_equal(token["low_tokens"][own], low[own])
+        assert own.all() or (token["high_tokens"] != high)[~own].any()
+    assert not own.any()
+
+
+@pytest.mark.slow
+def test_tokens_give_the_losses_of_the_same_crops(made, high_tokens):
+    online, ready = superres(made), reading(superres(made), high_tokens[0])
     own = 2 * len(data.make_source(online.data)) // BATCH
     assert own >= 4
     expected, found = Run(online).losses(), Run(ready).losses()
