@@ -5,7 +5,8 @@
 
 Section 3: about a week on 512 cores (256 chips) of TPU v4 for 1M steps, 0.6 s a step; the first command prints
 its estimate of ours. Variants: "" (tokens and text embeddings are made in the step, by the frozen VQGAN and the
-frozen T5-XXL), "precomputed" (they are read from the data).
+frozen T5-XXL), "precomputed" (they are read from the data, as `muse_jax.precompute --text_embeddings` wrote them with
+this config). To read the tokens alone: --config.data.name=precomputed --config.data.path=data/precomputed.
 """
 
 import ml_collections
@@ -70,7 +71,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         flip=False,  # captions say left and right
         workers=16,  # of the 240 cores that a v4 host has
         prefetch=2,
-        text_embeddings=False,
     )
     config.optimizer = dict(
         name="adafactor",  # base table

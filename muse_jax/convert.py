@@ -12,6 +12,7 @@ bytes; each is decoded once, and what cannot be used is skipped, counted and nam
 An Apache Beam pipeline (`pip install 'muse_jax[convert]'`). By default it runs here, in --workers processes;
 any other flag is Beam's, so that Dataflow, Flink or Spark do it for sets that are too large for one machine:
   ... --out=gs://bucket/pairs --runner=DataflowRunner --project=P --region=R --temp_location=gs://bucket/tmp
+Their workers need this package: see Beam's --setup_file and --sdk_container_image.
 
 Exit codes: 0 done; 1 refused or failed, with one message.
 """
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import logging
 import os
@@ -86,7 +88,9 @@ def _options(flags: Sequence[str], workers: int) -> Any:
     ours = [f"--direct_num_workers={workers}", f"--direct_running_mode={mode}"]
     options = PipelineOptions([*ours, "--default_sdk_harness_log_level=ERROR", *flags])
     known = {"runner", *options.get_all_options()}
-    for flag in flags:
+    for before, flag in itertools.pairwise(["=", *flags]):
+        if not flag.startswith("-") and "=" in before:
+            raise inputs.InputError(f"unexpected argument {flag!r}; flags are --name=value.")
         name = flag.split("=")[0].lstrip("-")
         if flag.startswith("-") and name not in known and name.removeprefix("no_") not in known:
             close = difflib.get_close_matches(name, [*known, *_FLAGS], n=1)

@@ -129,7 +129,8 @@ def _checked(spec: specs.Spec, text_embeddings: bool, epochs: int) -> specs.Spec
         raise SpecError("--text_embeddings: model.text is trained, so that its embeddings change; leave it out.")
     if epochs < 1:
         raise SpecError(f"--epochs is {epochs}; expected at least 1.")
-    if epochs > 1 and spec.data.crop == "center" and not spec.data.flip:
+    captioned_once = spec.data.name not in ("tfds", "array_record")
+    if epochs > 1 and spec.data.crop == "center" and not spec.data.flip and captioned_once:
         raise SpecError(f"--epochs is {epochs}, but with data.crop='center' and no flip all are alike; leave it out.")
     return spec
 

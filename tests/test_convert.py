@@ -66,6 +66,7 @@ def test_a_pipeline_in_this_process(tars, tmp_path, capsys):
     [
         (["--min_sid=3"], ["--min_sid is no flag", "--min_side"]),
         (["--dataset=coco"], ["--dataset means nothing to --from=webdataset"]),
+        (["--workers=1", "surplus"], ["unexpected argument 'surplus'"]),
         (["--eval_share=1.5"], ["--eval_share is 1.5"]),
         (["--max_aspect=0.5"], ["--max_aspect is 0.5"]),
         (["--path=/nowhere"], ["--path '/nowhere' names no tars"]),

@@ -5,18 +5,26 @@ import functools
 import importlib.util
 import itertools
 import json
+import os
 import pathlib
+import pickle
+import re
+import shutil
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import portpicker
 import pytest
+from etils import epath
 from PIL import Image
 from safetensors.numpy import save_file
 
 from muse_jax import data, precompute, precomputed, specs, stages
-from muse_jax.data import array_records, scenes
+from muse_jax.data import array_records, precomputed_source, scenes
 from muse_jax.interop import folder as weights
 from muse_jax.models import t5, vqgan
 from muse_jax.training import checkpoint, sharding, stage, trees
@@ -137,15 +145,30 @@ def same(one, other, names):
             np.testing.assert_array_equal(first[name], second[name])
 
 
-def test_tokens_give_the_losses_of_the_same_crops(made, high_tokens):
+def test_tokens_are_those_of_the_runs_own_crops(made, high_tokens):
     folder, manifest = high_tokens
     online, ready = superres(made), reading(superres(made), folder)
-    assert manifest["splits"]["train"]["records"] == 2 * len(data.make_source(online.data))
-    tokens = batches(ready)
-    assert {"low_tokens", "high_tokens", "text_ids"} < tokens[0].keys()
+    length = len(data.make_source(online.data))
+    assert manifest["splits"]["train"]["records"] == 2 * length
+    pictures, tokens = batches(online), batches(ready)
     assert "image" not in tokens[0]
-    same(batches(online), tokens, ("example_id", "text_ids", "text_mask"))
-    # Of two epochs the crops are the run's own; a third one sees the first one's again.
+    same(pictures, tokens, ("example_id", "text_ids", "text_mask"))
+    task = stages.build_task(online, checkpoint.load_stage)
+    frozen = sharding.unbox(task.frozen())
+    compute = jax.jit(lambda image: task.tokens(frozen, {"image": image}))
+    for picture, token in zip(pictures, tokens, strict=True):
+        high, low = compute(picture["image"])
+        # Of two epochs the crops are the run's own; a third one sees the first one's again.
+        own = picture["example_id"] < 2 * length
+        np.testing.assert_array_equal(token["high_tokens"][own], high[own])
+        np.testing.assert_array_equal(token["low_tokens"][own], low[own])
+        assert own.all() or (token["high_tokens"] != high)[~own].any()
+    assert not own.any()
+
+
+@pytest.mark.slow
+def test_tokens_give_the_losses_of_the_same_crops(made, high_tokens):
+    online, ready = superres(made), reading(superres(made), high_tokens[0])
     own = 2 * len(data.make_source(online.data)) // BATCH
     assert own >= 4
     expected, found = Run(online).losses(), Run(ready).losses()
@@ -232,6 +255,64 @@ def test_embeddings_of_other_texts_are_refused(made, embeddings, high_tokens):
         data.make_source(reading(base(made), high_tokens[0], text_embeddings=True).data)
 
 
+RANK = """
+import json, pickle, sys
+import jax
+
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+given, out, port, index = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+from muse_jax import precompute
+
+spec = pickle.load(open(given, "rb"))
+precompute.precompute(spec, out, epochs=2, per_shard=9)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_records(made, high_tokens, tmp_path):
+    """Each loads and writes its own shards, of which there is an odd number."""
+    (tmp_path / "spec").write_bytes(pickle.dumps(superres(made)))
+    out, port = tmp_path / "out", str(portpicker.pick_unused_port())
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path / "spec"), str(out), port, str(index)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for rank in ranks:
+        _, said = rank.communicate(timeout=500)
+        assert rank.returncode == 0, said[-3000:]
+    manifest = json.loads((out / array_records.MANIFEST).read_text())
+    assert manifest["splits"] == high_tokens[1]["splits"]
+
+
+def test_the_readmes_bytes_are_those_of_records(tmp_path):
+    """The table on what 460M pairs take, from records of the paper's sizes."""
+    readme = (CONFIGS.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| 256 .* \| ([\d,]+) \| ([\d.]+) TB \|$", readme, flags=re.MULTILINE)
+    low, high = ({"dtype": "uint16", "shape": [count]} for count in (256, 4096))
+    embeddings = {"dtype": "bfloat16", "shape": [128, 4096]}
+    kinds = [{"low_tokens": low}, {"low_tokens": low, "high_tokens": high}]
+    kinds.append({"low_tokens": low, "text_embeddings": embeddings})
+    rng = np.random.default_rng(0)
+    for features, (size, terabytes) in zip(kinds, rows, strict=True):
+        example = {name: rng.integers(0, 8192, feature["shape"]) for name, feature in features.items()}
+        if "text_embeddings" in features:
+            example["text_embeddings"] = rng.normal(0, 0.2, (128, 4096)).astype(np.float32)
+            example["text_mask"] = np.arange(128) < 25
+        with array_records.ShardWriter(epath.Path(tmp_path), "shard") as writer:
+            for _ in range(500 if len(features) == 1 else 100):
+                writer.write(precomputed_source.pack(example, "x" * 60, features))
+            shard = writer.finish()
+        assert shard.bytes / shard.records == pytest.approx(int(size.replace(",", "")), rel=0.05)
+        assert 460e6 * int(size.replace(",", "")) == pytest.approx(float(terabytes) * 1e12, rel=0.02)
+
+
 def test_a_folder_that_was_begun_with_something_else_is_refused(made, embeddings):
     with pytest.raises(ValueError, match="begun with something else: .*seed was 0 and is now 1"):
         precompute.precompute(dataclasses.replace(base(made), seed=1), str(embeddings))
@@ -256,8 +337,6 @@ def test_what_cannot_be_precomputed_is_said(made, tmp_path, change, options, wor
 
 
 def test_damage_is_seen(made, high_tokens, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(high_tokens[0], folder)
     source = data.make_source(reading(superres(made), folder).data)

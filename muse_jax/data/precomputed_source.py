@@ -62,9 +62,7 @@ class PrecomputedSource:
                 f"{spec.path} has no text embeddings; precompute them with --text_embeddings, or set "
                 "data.text_embeddings=False to compute them while training."
             )
-        self._reader = Reader(
-            self._read, length=len(self), name_of=lambda index: f"example {index} of {self._name}", fixed=False
-        )
+        self._reader = Reader(self._read, length=len(self), name_of=self._name_of, fixed=False)
 
     def __len__(self) -> int:
         return len(self._records) // self._epochs
@@ -75,6 +73,9 @@ class PrecomputedSource:
     def example(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
         """Tokens and text, or text embeddings; the example id, which ends the seed, says of which epoch."""
         return self._reader.example(index, seed)
+
+    def _name_of(self, index: int) -> str:
+        return f"example {index} of {self._name}"
 
     def _record(self, position: int) -> dict[str, Any]:
         try:

@@ -14,6 +14,7 @@ Keys of a config are of three kinds:
 """
 
 import contextlib
+import fnmatch
 import json
 import os
 import pathlib
@@ -31,6 +32,7 @@ FREE = (
     "deadlines",
     "profile",
     "data.path",
+    "data.sources.*.path",
     "data.workers",
     "data.prefetch",
     "data.eval_split",
@@ -139,7 +141,7 @@ def check_fingerprints(what: str, old: Any, new: Any, hint: str) -> None:
 
 
 def _free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+    return any(fnmatch.fnmatchcase(key, free) or key.startswith(f"{free}.") for free in FREE)
 
 
 def _changes(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:

@@ -169,6 +169,39 @@ def test_fingerprints_have_name_version_and_count(pets, spec):
     assert data.fingerprint(spec) == f"tfds:scenes/32/{scenes.VERSION}.0.0/train:{COUNT}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["", "old"], ids=["array_record", "tfrecord"])
+def test_conversion_to_array_record_shards(built, tmp_path, folder):
+    """Of data sets in any format, with all captions of a picture; in another process, as it needs TensorFlow."""
+    code = (
+        "import json\n"
+        "from etils import epath\n"
+        "from muse_jax.data import array_records, conversion, inputs\n"
+        f"keys = dict(path={f'{built}/{folder}'!r}, image_key='photo', text_key='captions/text')\n"
+        "source = inputs.TFDS('pets', per_shard=4, **keys)\n"
+        f"job = conversion.Conversion(source, {str(tmp_path)!r}, 0.0, True, 0, 0.0)\n"
+        "pieces = source.pieces()\n"
+        "array_records.begin(epath.Path(job.out), job.plan(pieces))\n"
+        "job.write_manifest([job.convert(i, len(pieces), piece) for i, piece in enumerate(pieces)])\n"
+        "for wrong in ({'image_key': 'fhoto'}, {'text_key': 'depth'}, {'split': 'val'}, {'dataset': 'cats'}):\n"
+        "    try:\n"
+        f"        inputs.TFDS(**{{'dataset': 'pets', 'path': {built!r}, 'image_key': 'photo', **wrong}}).pieces()\n"
+        "    except inputs.InputError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for words in ("--image_key is 'fhoto'", "--text_key is 'depth', of type Image", "no split 'val'", "'cats'"):
+        assert words in done.stdout
+    source = data.make_source(DataSpec(name="array_record", image_size=8, path=str(tmp_path)))
+    assert len(source) == 6
+    for index in range(6):
+        example = source.example(index, (0, index))
+        number = int(example["text"].removeprefix("picture ").split(",")[0])
+        assert int(example["image"].mean()) == 40 * number
+    assert len(list(source.captions())) == 18
+
+
 def test_reading_does_not_import_tensorflow(spec):
     code = (
         "import sys; from muse_jax import data; from muse_jax.specs import DataSpec\n"
