@@ -17,6 +17,9 @@ WITHOUT_WRONG_SUMS = ">=0.10.1,!=0.10.2,!=0.11.0,!=0.11.1"
 # muse_jax/configs, where the commands find them without a checkout.
 CONFIGS = ["muse_jax.configs", *(f"muse_jax.configs.{name}" for name in setuptools.find_namespace_packages("configs"))]
 
+# For muse_jax.convert. It asks for an older protobuf and pyarrow than others would bring, which they run with.
+CONVERT = ["apache-beam>=2.77", "pyarrow>=18.0"]
+
 setuptools.setup(
     name="muse_jax",
     version=VERSION,
@@ -39,6 +42,9 @@ setuptools.setup(
         # Older ones delete local checkpoints that were copied to a bucket, as if they were unfinished.
         "orbax-checkpoint>=0.12.3",
         "grain>=0.2.16",
+        "array-record>=0.8.1; sys_platform != 'win32'",
+        "msgpack>=1.1",
+        "ml-dtypes>=0.5",
         "absl-py>=2.3",
         "clu>=0.0.12",
         # clu's TensorBoard writers import both; TensorFlow itself no longer brings TensorBoard.
@@ -58,14 +64,22 @@ setuptools.setup(
         "tqdm>=4.67",
     ],
     extras_require={
+        "convert": CONVERT,
         # For muse_jax.compile: libtpu of the version that this jax asks for. With it installed, set
         # JAX_PLATFORMS=cpu where jax should not look for a TPU.
         "tpu_compile": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
         "tpu": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
+        "cuda": [f"jax[cuda12]{WITHOUT_WRONG_SUMS}"],
         "launch": ["xmanager>=0.8.5"],  # launch/xmanager; the other launchers need nothing from PyPI
         "test": [
+            *CONVERT,
             "beartype>=0.22",
+            "ipykernel>=7.0",  # with the two below, launch/colab's notebook is executed
+            "ipywidgets>=8.1",
+            "nbclient>=0.10",
             "kubernetes>=34.1",  # its models know the fields and types of manifests
+            # For the tests that compile the big configs; of one Python only, since they take minutes.
+            f"jax[tpu]{WITHOUT_WRONG_SUMS}; python_version < '3.12' and platform_machine == 'x86_64'",
             "pytest>=9.0",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",

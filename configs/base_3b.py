@@ -70,6 +70,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         flip=False,  # captions say left and right
         workers=16,  # of the 240 cores that a v4 host has
         prefetch=2,
+        text_embeddings=False,
     )
     config.optimizer = dict(
         name="adafactor",  # base table
@@ -97,6 +98,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         sample_every=5_000,
     )
     config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
+    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=24,  # section 2.8
         schedule="cosine",  # section 2.8
@@ -108,5 +110,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         top_p=1.0,
     )
     if variant == "precomputed":
-        config.data.update(name="precomputed", path="data/precomputed", crop="center")
+        config.data.update(name="precomputed", path="data/precomputed", text_embeddings=True)
     return config.lock()

@@ -85,15 +85,18 @@ def batch(spec: specs.Spec) -> Mapping[str, jax.ShapeDtypeStruct]:
     size, length, side = spec.train.batch_size, spec.data.text_length, spec.data.image_size
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"example_id": ((size,), jnp.int32)}
     text = {"text_mask": ((size, length), bool)}
-    if spec.data.name == "precomputed":
-        low, high = (spec.model.grid, None) if isinstance(spec.model, specs.BaseSpec) else (spec.model.low_grid, 1)
+    if specs.is_precomputed(spec.data):
+        low, high = (spec.model.low_grid, 1) if isinstance(spec.model, specs.SuperResSpec) else (spec.model.grid, None)
         shapes["low_tokens"] = ((size, low[0] * low[1]), jnp.int32)
         if high:
             shapes["high_tokens"] = ((size, spec.model.grid[0] * spec.model.grid[1]), jnp.int32)
-        # As they are stored: T5's float32 embeddings would double the data for nothing.
-        shapes |= text | {"text_embeddings": ((size, length, spec.model.text.width), jnp.bfloat16)}
     else:
         shapes["image"] = ((size, side, side, 3), jnp.uint8)
-        if length:
-            shapes |= text | {"text_ids": ((size, length), jnp.int32)}
+    if spec.data.text_embeddings:
+        # In the dtype in which the model reads them: T5's float32 would double the data for nothing.
+        shapes |= text | {"text_embeddings": ((size, length, spec.model.text.width), jnp.dtype(spec.model.dtype))}
+    elif length:
+        shapes |= text | {"text_ids": ((size, length), jnp.int32)}
+    if spec.data.vocabulary == "classes":
+        shapes["label"] = ((size,), jnp.int32)
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}

@@ -3,8 +3,9 @@
     python -m muse_jax.assemble --stages=runs/emoji --pipeline=runs/emoji/pipeline [--dtype=float16]
 
 --stages holds a folder for each stage: tokenizer_low, tokenizer_high, base, superres and, if there is
-one, decoder; workdirs of runs, or stage folders. Of a quickstart's folder the figures of its
-report.json go into the pipeline's manifest.
+one, decoder; workdirs of runs, or stage folders. Of one resolution (MaskGIT) it is tokenizer_low and base
+alone. A tokenizer that has no folder there is the one that the model was trained with. Of a quickstart's
+folder the figures of its report.json go into the pipeline's manifest.
 """
 
 import json
@@ -39,13 +40,16 @@ def assemble(
     Raises:
       PipelineError, StageError: if a stage is missing or damaged, or two don't fit.
     """
-    found = {name: stages / name for name in pipeline_folder.STAGES if (stages / name).is_dir()}
-    missing = [name for name in pipeline_folder.NEEDED if name not in found]
+    found = {name: str(stages / name) for name in pipeline_folder.STAGES if (stages / name).is_dir()}
+    for model, tokenizer in (("base", "tokenizer_low"), ("superres", "tokenizer_high")):
+        if model in found and tokenizer not in found:
+            found[tokenizer] = checkpoint.load_stage(found[model]).spec.task.tokenizer
+    missing = [name for name in pipeline_folder.needed(found) if name not in found]
     if missing:
         raise pipeline_folder.PipelineError(
             f"{stages} has no folder for {' and '.join(missing)}; train it with --workdir={stages / missing[0]}."
         )
-    specs = {name: checkpoint.load_stage(str(path)).spec for name, path in found.items()}
+    specs = {name: checkpoint.load_stage(path).spec for name, path in found.items()}
     manifest = {
         "command": command,
         "seed": specs["base"].seed,
@@ -53,7 +57,7 @@ def assemble(
         "versions": versions(),
         "figures": dict(figures or {}),
     }
-    return MusePipeline.assemble(out, {n: str(path) for n, path in found.items()}, manifest=manifest, dtype=dtype)
+    return MusePipeline.assemble(out, found, manifest=manifest, dtype=dtype)
 
 
 def main(argv: list[str]) -> None:
@@ -65,15 +69,14 @@ def main(argv: list[str]) -> None:
     figures = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
     command = figures.get("command", f"python -m muse_jax.train for each stage of {stages.name}")
     try:
-        assemble(
-            stages, out, command=command, figures={k: figures[k] for k in FIGURES if k in figures}, dtype=_DTYPE.value
-        )
+        chosen = {key: figures[key] for key in FIGURES if key in figures}
+        pipeline = assemble(stages, out, command=command, figures=chosen, dtype=_DTYPE.value)
     except (pipeline_folder.PipelineError, checkpoint.StageError, reading.CheckpointError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 2**20:.1f} MiB. To sample from it:")
-    print(f'  python -m muse_jax.sample --pipeline={out} --prompt="..."')
+    print(f'  python -m muse_jax.sample --pipeline={out} --{"class_label" if pipeline.classes else "prompt"}="..."')
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from muse_jax import ahead, flops, specs
-from muse_jax.models import muse, vqgan
+from muse_jax.models import predictors, vqgan
 from muse_jax.sampling import pipeline, sampler
 from muse_jax.training import sharding
 
@@ -39,9 +39,10 @@ def lower(
     stages = {"base": spec}
     if isinstance(spec.model, specs.SuperResSpec):
         stages = {"base": ahead.stage_spec(base, configs), "superres": spec}
-    networks = {name: parameters(muse.TokenTransformer(stage.model), stage, where) for name, stage in stages.items()}
+    networks = {name: parameters(predictors.from_spec(stage.model), stage, where) for name, stage in stages.items()}
+    shared = {"text_encoder": networks["base"]["text_encoder"]} if "text_encoder" in networks["base"] else {}
     for network in networks.values():  # one text encoder serves all
-        network["text_encoder"] = networks["base"]["text_encoder"]
+        network.update(shared)
     judge = ahead.stage_spec(decoder or spec.task.tokenizer, configs)
     networks["decoder"] = parameters(vqgan.VQGAN(judge.model), judge, where)
     programs, low = {}, None
@@ -54,8 +55,8 @@ def lower(
         pipeline._decode.lower(networks["decoder"], ids, spec=judge.model),
         flops.count(decode, networks["decoder"], ids),
     )
-    unique = {**networks, **{n: {k: v for k, v in networks[n].items() if k != "text_encoder"} for n in stages}}
-    return unique | {"text_encoder": networks["base"]["text_encoder"]}, programs
+    unique = {**networks, **{n: {k: v for k, v in networks[n].items() if k not in shared} for n in stages}}
+    return unique | shared, programs
 
 
 def parameters(model: Any, spec: specs.Spec, where: Any) -> Any:
@@ -72,7 +73,7 @@ def _arguments(spec: specs.Spec, batch: int) -> list[jax.ShapeDtypeStruct]:
     def places(grid: tuple[int, int]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch, grid[0] * grid[1]), jnp.int32)
 
-    text = [jax.ShapeDtypeStruct((batch, spec.data.text_length), dtype) for dtype in (jnp.int32, bool)]
+    text = [jax.ShapeDtypeStruct((batch, spec.condition_length), dtype) for dtype in (jnp.int32, bool)]
     low = [places(spec.model.low_grid)] if isinstance(spec.model, specs.SuperResSpec) else []
     return [places(spec.model.grid), *text, *low]
 
@@ -81,14 +82,15 @@ def _fill(params: Any, spec: specs.Spec, batch: int, low: Any, stream: int, wher
     guided = spec.sample.guidance_scale != 1
     tokens, *_ = _arguments(spec, batch)
     ids, mask = _arguments(spec, batch * (1 + guided))[1:3]
+    known = jax.ShapeDtypeStruct(tokens.shape, bool)
     seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
     settings = dataclasses.asdict(spec.sample)
-    plan = sampler.make_plan(tokens=tokens.shape[1], **settings)
+    plan = sampler.make_plan(tokens=tokens.shape[1], grid=spec.model.grid, **settings)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=where),
-        (ids, mask, low, tokens, seeds, plan),
+        (ids, mask, low, tokens, known, seeds, plan),
     )
-    static = dict(spec=spec.model, stream=stream, guided=guided, history=False)
+    static = dict(spec=spec.model, rule=None, stream=stream, guided=guided, history=False)
     args = (params, *shapes)
     return Lowered(
         pipeline._fill.lower(*args, **static), flops.count(functools.partial(pipeline._fill, **static), *args)

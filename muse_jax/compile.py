@@ -35,7 +35,12 @@ from muse_jax.training import sharding, trees
 
 PAPER_STEP_S = 0.6  # Muse, section 3: a week for 1M steps on 256 TPU v4 chips
 # libtpu describes a TPU host by these; without them it asks the network about a machine that isn't there.
-ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+# It is also made for one process a machine, which holds for the TPU and not for compiling.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 def topology_devices(topology: str) -> tuple[roofline.Chip, list[Any]]:

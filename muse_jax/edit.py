@@ -5,7 +5,8 @@
     python -m muse_jax.edit --image=photo.png --prompt="..." --right=32 --bottom=16   # extended by these pixels
     python -m muse_jax.edit --image=photo.png --prompt="..."                          # all of it, little by little
 
-Without --pipeline the small one for generated scenes is used that comes with the package. Any size
+Without --pipeline the small one for generated scenes is used that comes with the package. With a
+pipeline of classes (MaskGIT) --class_label="red circle" takes the prompt's place. Any size
 and mode of picture will do. In --out: a PNG for each prompt and seed; grid.png with what was given
 beside what was made; strip.png with the iterations of mask-free editing; edits.json with everything
 that made them. --best_of=N draws N pictures for each and keeps the one that follows the prompt best.
@@ -63,16 +64,15 @@ def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any
 
     if not values.image:
         raise ValueError("--image is missing; give the picture to edit.")
-    if not values.prompt:
-        raise ValueError('--prompt is missing; try --prompt="a large red circle on a white background".')
     name, arguments = method_of(values)
-    if values.best_of > 1:
-        ranking.check(values.prompt)
     pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
+    prompts = sample.prompts_given(values, pipeline)
+    if values.best_of > 1:
+        ranking.check(sample.captions(pipeline, prompts))
     each = values.num_images_per_prompt * values.best_of
     negative = values.negative_prompt
     output = getattr(pipeline, name)(
-        values.prompt,
+        prompts,
         values.image,
         negative_prompt=negative[0] if negative and len(negative) == 1 else negative,
         num_images_per_prompt=each,
@@ -83,7 +83,7 @@ def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any
     )
     kept = list(range(len(output.prompts)))
     if values.best_of > 1:
-        kept = ranking.best(output.images, output.prompts, values.best_of)
+        kept = ranking.best(output.images, sample.captions(pipeline, output.prompts), values.best_of)
     out = pathlib.Path(values.out)
     pictures = _write(out, output, kept, values.image, strip=name == "edit")
     about = {"command": list(command), "method": name, "pipeline": values.pipeline or "packaged"}

@@ -9,8 +9,12 @@ the same without guidance, prompts with combinations of colour and shape that no
 had, and PSNR, SSIM, codebook usage and readability of the tokenizers' reconstructions of true
 pictures, which bound what any model of their tokens can reach.
 
+Of a pipeline with classes (MaskGIT) it is the share of pictures that show one object, of the right
+colour and shape.
+
 With --editing, how well it edits true pictures is measured instead: inpainting, mask-free editing
-and outpainting.
+and outpainting. With --sweep, what mask schedules, numbers of steps and samplers do to the base model's
+pictures: accuracy and Fréchet distance, as a table, sweep.json and sweep.png.
 
 For a pipeline trained on other pictures, only the tokenizers can be measured (on the pictures that
 its config holds out; `--data_path` names their folder where it has moved).
@@ -39,14 +43,10 @@ from absl import app, flags
 from tqdm import tqdm
 
 from muse_jax.data import make_source, scenes
-from muse_jax.evaluation import edits, prompts, reconstruction
+from muse_jax.evaluation import classes, edits, prompts, reconstruction, sweep
+from muse_jax.sampling import folder
 from muse_jax.specs import DataSpec
 
-TOKENIZERS = {  # report name -> the stages that encode and decode
-    "low": ("tokenizer_low", "tokenizer_low"),
-    "high": ("tokenizer_high", "tokenizer_high"),
-    "decoder": ("tokenizer_high", "decoder"),
-}
 UNGUIDED = {"guidance_scale": 1.0, "superres_guidance_scale": 1.0}
 
 
@@ -78,22 +78,30 @@ def evaluate(
       progress: shows a bar.
 
     Returns:
-      tokenizers: see `measure_tokenizers`; prompts: see `measure_prompts`, missing where the
-      pipeline was not trained on scenes; evaluation: how it was measured.
+      tokenizers: see `measure_tokenizers`; prompts: see `measure_prompts`, or classes: see
+      `classes.measure`, missing where the pipeline was not trained on scenes; evaluation: how it was measured.
     """
     start = time.monotonic()
     figures: dict[str, Any] = {}
     if _knows_scenes(pipeline):
         reconstructed = min(reconstructed, count)
         figures["tokenizers"] = measure_tokenizers(pipeline, reconstructed, seed=seed)
-        figures["prompts"] = measure_prompts(
-            pipeline, count, unguided=min(unguided, count), held_out=min(held_out, count), seed=seed, progress=progress
-        )
+        if pipeline.classes:
+            figures["classes"] = classes.measure(pipeline, count, unguided=min(unguided, count), seed=seed)
+        else:
+            figures["prompts"] = measure_prompts(
+                pipeline, count, unguided=min(unguided, count), held_out=min(held_out, count), seed=seed,
+                progress=progress,
+            )  # fmt: skip
     else:
         figures["tokenizers"] = measure_tokenizers(pipeline, reconstructed, seed=seed, data_path=data_path)
     figures["evaluation"] = {
         "seed": seed,
-        "sampler": {name: dataclasses.asdict(pipeline.stages[name].spec.sample) for name in ("base", "superres")},
+        "sampler": {
+            name: dataclasses.asdict(stage.spec.sample)
+            for name, stage in pipeline.stages.items()
+            if name in ("base", "superres")
+        },
         "batch_size": pipeline.max_batch_size,
         "device": jax.devices()[0].device_kind,
         "seconds": round(time.monotonic() - start, 1),
@@ -207,9 +215,11 @@ def measure_tokenizers(pipeline: Any, count: int, *, seed: int = 0, data_path: s
     """
     pictures: dict[DataSpec, tuple[np.ndarray, list[str] | None]] = {}
     figures = {}
-    for name, (encoder, decoder) in TOKENIZERS.items():
+    stages = {"low": "tokenizer_low", "high": "tokenizer_high", "decoder": "decoder"}
+    for name, decoder in stages.items():
         if decoder not in pipeline.stages:
             continue
+        encoder = folder.finest(pipeline.stages) if name == "decoder" else decoder
         data = dataclasses.replace(pipeline.stages[encoder].spec.data, **({"path": data_path} if data_path else {}))
         if data not in pictures:
             pictures[data] = _pictures(data, count, seed)
@@ -253,6 +263,8 @@ def table(figures: Mapping[str, Any]) -> str:
         lines.append(f"{name:<22}{row['psnr']:>7.2f}{row['ssim']:>8.3f}{codes:>15}{read}")
     if "prompts" in figures:
         lines += ["", *_prompt_lines(figures["prompts"])]
+    if "classes" in figures:
+        lines += ["", classes.table(figures["classes"])]
     return "\n".join(lines)
 
 
@@ -304,6 +316,31 @@ def evaluate_editing(pipeline: Any, count: int, seed: int = 0, progress: bool = 
     return {"editing": editing, "evaluation": {"seed": seed, "seconds": seconds, "versions": versions()}}
 
 
+def evaluate_sweep(
+    pipeline: Any, count: int, steps: Sequence[int], seed: int = 0, progress: bool = True
+) -> dict[str, Any]:
+    """The figures of schedules and samplers; see `sweep.measure`. They are the base model's: its pictures alone.
+
+    Raises:
+      EvaluationError: the pipeline was trained on something else than scenes, or a number of steps can't be.
+    """
+    from muse_jax.sampling.pipeline import MusePipeline
+
+    if not _knows_scenes(pipeline):
+        raise EvaluationError("a sweep reads what pictures show from generated scenes alone (data.name='scenes').")
+    if not steps or min(steps) < 1:
+        raise EvaluationError(f"--sweep_steps is {','.join(map(str, steps))!r}; expected numbers of at least 1.")
+    start = time.monotonic()
+    base = MusePipeline({name: pipeline.stages[name] for name in folder.NEEDED}, max_batch_size=pipeline.max_batch_size)
+    total = count * len(steps) * (len(sweep.SCHEDULES) + len(sweep.SAMPLERS))
+    with tqdm(total=total, unit="picture", disable=not progress, desc="sweep") as bar:
+        figures = sweep.measure(base, count, steps, seed, bar.update)
+    seconds = round(time.monotonic() - start, 1)
+    settings = dataclasses.asdict(base.stages["base"].spec.sample)
+    about = {"seed": seed, "sampler": settings, "seconds": seconds, "versions": versions()}
+    return {"sweep": figures, "evaluation": about}
+
+
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The command's flags; called by the command alone, since others have flags of the same names."""
     for name, default, text in (
@@ -317,12 +354,15 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
     flags.DEFINE_bool("editing", False, "Measure editing instead.", values)
+    flags.DEFINE_bool("sweep", False, "Compare schedules, numbers of steps and samplers instead.", values)
+    flags.DEFINE_list("sweep_steps", list(map(str, sweep.STEPS)), "With --sweep: numbers of decoding steps.", values)
     for name, default, text in (
         ("num_prompts", 500, "Held-out prompts that are drawn."),
         ("num_unguided", 100, "How many of them are drawn without guidance too."),
         ("num_held_out", 100, "Prompts with combinations that no training picture had."),
         ("num_reconstructed", 500, "Pictures that the tokenizers are tried on."),
         ("num_edits", 300, "With --editing: pictures for each way of editing."),
+        ("num_swept", 256, "With --sweep: pictures for each schedule or sampler and number of steps."),
         ("batch_size", 16, "Pictures drawn at a time."),
         ("seed", 0, "Of the scenes and the sampling."),
     ):
@@ -332,7 +372,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def out_path(values: flags.FlagValues) -> pathlib.Path:
     """Where the figures go."""
-    name = "editing.json" if values.editing else "evaluation.json"
+    name = "editing.json" if values.editing else "sweep.json" if values.sweep else "evaluation.json"
     return pathlib.Path(values.out or pathlib.Path(values.pipeline or ".") / name)
 
 
@@ -354,6 +394,13 @@ def _evaluate_all(pipeline: Any, values: flags.FlagValues) -> dict[str, Any]:
     )
 
 
+def _numbers(values: Sequence[str]) -> list[int]:
+    try:
+        return [int(value) for value in values]
+    except ValueError as error:
+        raise EvaluationError(f"--sweep_steps is {','.join(values)!r}; expected whole numbers.") from error
+
+
 def run(values: flags.FlagValues) -> dict[str, Any]:
     """What the command does: measures, prints, writes; returns what it wrote."""
     from muse_jax.sampling.pipeline import MusePipeline
@@ -362,6 +409,9 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     if values.editing:
         figures = evaluate_editing(pipeline, values.num_edits, values.seed)
         shown = editing_table(figures["editing"])
+    elif values.sweep:
+        figures = evaluate_sweep(pipeline, values.num_swept, _numbers(values.sweep_steps), values.seed)
+        shown = sweep.table(figures["sweep"])
     else:
         figures = _evaluate_all(pipeline, values)
         shown = table(figures)
@@ -369,6 +419,10 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     out = out_path(values)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if values.sweep:
+        from muse_jax import figures as drawings
+
+        drawings.sweep(out.with_suffix(".png"), figures["sweep"])
     print(f"\n{shown}\n\n{figures['evaluation']['seconds']:.0f} seconds; written to {out}")
     return figures
 

@@ -1,4 +1,4 @@
-"""The pictures that the quickstart leaves: samples, how tokens fill in, and the curves of training."""
+"""The pictures that commands leave: samples, how tokens fill in, the curves of training and of a sweep."""
 
 import pathlib
 import textwrap
@@ -92,6 +92,31 @@ def curves(path: str | pathlib.Path, records: Mapping[str, Sequence[Mapping[str,
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
         if axes.lines:
+            axes.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def sweep(path: str | pathlib.Path, figures: Mapping[str, Any]) -> None:
+    """Writes accuracy and Fréchet distance over the number of steps, of schedules and of samplers.
+
+    Args:
+      path: the PNG to write.
+      figures: from `evaluation.sweep.measure`.
+    """
+    titles = {"accuracy": f"share of {figures['accuracy_of']} that hold", "frechet": "Fréchet distance"}
+    figure = Figure(figsize=(10, 7), dpi=110, layout="constrained")
+    for row, kind in zip(figure.subplots(2, 2), ("schedules", "samplers"), strict=True):
+        for axes, (key, title) in zip(row, titles.items(), strict=True):
+            for name, points in figures[kind].items():
+                axes.plot([p["steps"] for p in points], [p[key] for p in points], "o-", markersize=3, label=name)
+            if key == "frechet":
+                axes.axhline(figures["tokenizer"], color="0.6", linestyle="--", label="reconstructions")
+                axes.set_yscale("log")
+            axes.set_xscale("log", base=2)
+            axes.set_title(f"{kind}: {title}", fontsize=9)
+            axes.set_xlabel("decoding steps", fontsize=8)
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
             axes.legend(fontsize=7)
     figure.savefig(path)
 

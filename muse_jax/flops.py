@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from muse_jax import specs
-from muse_jax.models import muse, t5, vqgan
+from muse_jax.models import predictors, t5, vqgan
 from muse_jax.models.discriminator import Discriminator
 
 
@@ -60,6 +60,9 @@ def train(spec: specs.Spec, tokenizers: Mapping[str, specs.VQGANSpec]) -> float:
 
     Args:
       tokenizers: of the paths in task.tokenizer and task.low_tokenizer.
+
+    Raises:
+      NotImplementedError: for a model whose step isn't counted here.
     """
     images = jax.ShapeDtypeStruct((spec.train.batch_size, spec.data.image_size, spec.data.image_size, 3), jnp.float32)
     if isinstance(spec.model, specs.VQGANSpec):
@@ -71,11 +74,14 @@ def train(spec: specs.Spec, tokenizers: Mapping[str, specs.VQGANSpec]) -> float:
             judge = Discriminator(model.discriminator_channels, model.discriminator_layers, model.dtype)
             total += 7 * forward(judge, images)
         return total
-    total = 3 * transformer(spec.model, spec.train.batch_size, spec.data.text_length)
-    precomputed = spec.data.name == "precomputed"
-    if not spec.model.text.trainable:
-        total -= (3 - (not precomputed)) * text(spec.model.text, spec.train.batch_size, spec.data.text_length)
-    if precomputed:
+    if not isinstance(spec.model, specs.BaseSpec | specs.SuperResSpec | specs.MaskGITSpec):
+        raise NotImplementedError(f"the FLOPs of a train step of {type(spec.model).__name__}.")
+    total = 3 * transformer(spec.model, spec.train.batch_size, spec.condition_length)
+    encoder = getattr(spec.model, "text", None)
+    if encoder is not None and not encoder.trainable:
+        once = not spec.data.text_embeddings
+        total -= (3 - once) * text(encoder, spec.train.batch_size, spec.data.text_length)
+    if specs.is_precomputed(spec.data):
         return total
     tokenizer = tokenizers[spec.task.tokenizer]
     total += encode(tokenizer, images)
@@ -104,11 +110,11 @@ def text(encoder: specs.TextEncoderSpec, batch: int, length: int) -> float:
 
 
 def transformer(model: Any, batch: int, text_length: int) -> float:
-    """Of text ids and tokens to logits."""
+    """Of text ids (of a class: one) and tokens to logits."""
     places = [model.grid[0] * model.grid[1]]
     if isinstance(model, specs.SuperResSpec):
         places.append(model.low_grid[0] * model.low_grid[1])
     tokens, *low = (jax.ShapeDtypeStruct((batch, n), jnp.int32) for n in places)
     text = jax.ShapeDtypeStruct((batch, text_length), jnp.int32)
     mask = jax.ShapeDtypeStruct((batch, text_length), bool)
-    return forward(muse.TokenTransformer(model), tokens, text, mask, *low)
+    return forward(predictors.from_spec(model), tokens, text, mask, *low)

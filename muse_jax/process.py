@@ -6,6 +6,8 @@ pages again. Keeping them makes a train step of the scenes' models take about 0.
 glibc reads these settings once, at the start of a process: hence the new start.
 """
 
+import glob
+import importlib.util
 import os
 import platform
 import sys
@@ -19,6 +21,21 @@ MALLOC_SETTINGS = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # in pages of 2 MiB where the kernel has them
 }
 OFF = "MUSE_JAX_NO_REEXEC"  # set to 1: commands leave the process as it was started
+
+
+TPUS, GPUS = ("/dev/accel*", "/dev/vfio/[0-9]*"), ("/dev/nvidiactl", "/dev/kfd")
+
+
+def keep_off_libtpu() -> None:
+    """Sets JAX_PLATFORMS=cpu where libtpu is installed and there is neither a TPU nor a GPU.
+
+    There jax would load libtpu to find that it has nothing to do. libtpu compiles for TPUs on such a machine
+    (muse_jax/compile.py), which needs no TPU backend. Does nothing where JAX_PLATFORMS is set, or jax imported.
+    """
+    if "JAX_PLATFORMS" in os.environ or "jax" in sys.modules or importlib.util.find_spec("libtpu") is None:
+        return
+    if not any(glob.glob(device) for device in (*TPUS, *GPUS)):
+        os.environ["JAX_PLATFORMS"] = "cpu"
 
 
 def reexec_with_malloc_settings() -> None:
@@ -48,7 +65,7 @@ def _helps(environment: Mapping[str, str]) -> bool:
     platforms = environment.get("JAX_PLATFORMS", "")
     if platforms:
         return platforms.split(",")[0] == "cpu"
-    return not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/accel0", "/dev/vfio/0", "/dev/kfd"))
+    return not any(glob.glob(device) for device in (*TPUS, *GPUS))
 
 
 def quiet() -> None:

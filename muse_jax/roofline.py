@@ -8,8 +8,13 @@ less than the published rates, so that the estimate is a bound from below.
 
 import dataclasses
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from muse_jax import hlo, traffic
 
@@ -39,6 +44,38 @@ CHIPS: Mapping[str, Chip] = {
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 4800e9 / 8, 3),
     "v6e": Chip(918e12, 32 * 2**30, 1640e9, 3584e9 / 8, 2),
 }
+# How jax names what it runs on, and the published bfloat16 rate: TPUs as above, NVIDIA's cards without sparsity.
+PEAKS: Mapping[str, float] = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: Any) -> float:
+    """FLOPs a second that a utilisation is held against: the published rate, or, of a CPU and what isn't in
+    `PEAKS`, that of a large product of float32 matrices, timed now."""
+    kind = device.device_kind
+    known = [name for name in PEAKS if kind == name or kind.startswith(f"{name}-") or kind.startswith(f"{name} ")]
+    if known:
+        return PEAKS[max(known, key=len)]
+    side = 1024
+    matrix = jax.device_put(np.full((side, side), 0.5, np.float32), device)
+    product = jax.jit(jnp.dot)
+    product(matrix, matrix).block_until_ready()
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    # All devices of a CPU, real or simulated, share its cores.
+    return 2 * side**3 / min(seconds) / (jax.local_device_count() if device.platform == "cpu" else 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     python -m muse_jax.sample --prompt="a large red circle above a small blue square on a white background"
     python -m muse_jax.sample --pipeline=DIR --prompt="..." --prompt="..." --num_images_per_prompt=4 --seed=1 --out=DIR
+    python -m muse_jax.sample --pipeline=DIR --class_label="red circle" --class_label=7     # MaskGIT
 
 Without --pipeline the small one for generated scenes is used that comes with the package. Settings
 that aren't given are those the pipeline was made to be used with; --superres_... are those of
@@ -34,14 +35,19 @@ NUMBERS = {
     "token_temperature": "Of the softmax that tokens are drawn from; 0 takes the likeliest.",
     "choice_temperature": "Of the noise on the confidence; more makes pictures more varied.",
     "top_p": "Draw from the likeliest codes that together have this probability; 1 is off.",
+    "guidance_power": "Of the ramp power_cosine: the higher, the later guidance sets in.",
+    "guidance_start": "Time in [0, 1] from which there is guidance.",
+    "guidance_end": "Time in [0, 1] until which there is guidance.",
+    "remasking": "Of the rule remask: highest share of the settled tokens that a step masks again.",
 }
 COUNTS = {
     "num_inference_steps": "Decoding steps.",
     "top_k": "Draw from the k likeliest codes; 0 is off.",
 }
 NAMES = {
-    "schedule": "Mask schedule: cosine, linear, square, cubic, circle, sqrt, log or exponential.",
-    "guidance_ramp": "linear: guidance grows from 1 to its scale over the steps; constant.",
+    "schedule": "Mask schedule: cosine, linear, square, cubic, circle, arccos, sqrt, log or exponential.",
+    "guidance_ramp": "linear: guidance grows from 1 to its scale over the steps; constant; power_cosine.",
+    "selection_rule": "What is masked again after a step: most_confident, halton, remask or revocable.",
 }
 GRID_PROMPTS, GRID_PICTURES = 32, 8  # in grid.png: prompts, and pictures of each
 
@@ -118,7 +124,7 @@ def sample(
             first = first or time.monotonic() - STARTED
         used = output.settings
     if best_of > 1:
-        requests, images = _best(requests, images, best_of)
+        requests, images = _best(pipeline, requests, images, best_of)
         names = file_names(requests.prompts, requests.seeds)
         for name, image in zip(names, images, strict=True):
             write_whole(out / name, image.save)
@@ -133,12 +139,17 @@ def sample(
     return {**record, "seconds": round(time.monotonic() - STARTED, 2)}
 
 
-def _best(requests: Any, images: Sequence[Any], best_of: int) -> tuple[Any, list[Any]]:
+def captions(pipeline: Any, prompts: Sequence[str]) -> list[str]:
+    """What pictures of the prompts are ranked by; a class is "a red circle"."""
+    return [f"a {name}" for name in prompts] if pipeline.classes else list(prompts)
+
+
+def _best(pipeline: Any, requests: Any, images: Sequence[Any], best_of: int) -> tuple[Any, list[Any]]:
     import numpy as np
 
     from muse_jax.evaluation import ranking
 
-    kept = ranking.best([np.asarray(image) for image in images], requests.prompts, best_of)
+    kept = ranking.best([np.asarray(image) for image in images], captions(pipeline, requests.prompts), best_of)
     rows = {name: tuple(getattr(requests, name)[i] for i in kept) for name in ("prompts", "negative_prompts", "seeds")}
     each = requests.images_per_prompt // best_of
     return dataclasses.replace(requests, **rows, images_per_prompt=each), [images[i] for i in kept]
@@ -164,6 +175,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """The command's flags; called by the command alone, since others have flags of the same names."""
     flags.DEFINE_string("pipeline", "", "Pipeline folder; by default the one that comes with the package.", values)
     flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times, and may be empty.", values)
+    flags.DEFINE_multi_string(
+        "class_label", None, "Of a pipeline with classes: what to draw, a name or number.", values
+    )
     flags.DEFINE_multi_string("negative_prompt", None, "What to keep away from; one for all, or one a prompt.", values)
     flags.DEFINE_integer("num_images_per_prompt", 1, "Pictures of each prompt.", 1, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the first picture of each prompt; the next ones count up.", flag_values=values)
@@ -184,6 +198,26 @@ def settings_given(values: flags.FlagValues) -> dict[str, Any]:
     return {name: values[name].value for name in names if values[name].value is not None}
 
 
+def prompts_given(values: flags.FlagValues, pipeline: Any) -> list[str]:
+    """The prompts of --prompt, or the classes' names of --class_label.
+
+    Raises:
+      ValueError: if the pipeline is conditioned on the other, or there is neither.
+    """
+    wanted, other = ("class_label", "prompt") if pipeline.classes else ("prompt", "class_label")
+    if values[other].value and values[wanted].value:
+        raise ValueError("--prompt and --class_label both say what to draw; give one of them.")
+    if values.class_label and not pipeline.classes:
+        raise ValueError(
+            "--class_label is for a pipeline with classes, and this one is conditioned on text; see --prompt."
+        )
+    given = values[wanted].value or values[other].value
+    if not given:
+        example = pipeline.classes[0] if pipeline.classes else "a large red circle on a white background"
+        raise ValueError(f'--{wanted} is missing; try --{wanted}="{example}".')
+    return [pipeline.class_name(one) for one in given] if pipeline.classes else given
+
+
 def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]:
     """What the command does; returns what samples.json holds.
 
@@ -195,18 +229,16 @@ def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]
     from muse_jax.sampling.pipeline import MusePipeline
     from muse_jax.sampling.requests import make_requests
 
-    if not values.prompt:
-        raise ValueError('--prompt is missing; try --prompt="a large red circle on a white background".')
+    out = pathlib.Path(values.out)
+    pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
     requests = make_requests(
-        values.prompt,
+        prompts_given(values, pipeline),
         values.negative_prompt[0] if len(values.negative_prompt or []) == 1 else values.negative_prompt,
         values.num_images_per_prompt * values.best_of,
         values.seed,
     )
     if values.best_of > 1:
-        ranking.check(requests.prompts)
-    out = pathlib.Path(values.out)
-    pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
+        ranking.check(captions(pipeline, requests.prompts))
     record = sample(pipeline, requests, out, settings_given(values), values.best_of)
     about = {"command": list(command), "pipeline": values.pipeline or "packaged", "manifest": pipeline.manifest}
     record = {**about, **record, "versions": versions()}

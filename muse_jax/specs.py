@@ -35,6 +35,7 @@ class TextEncoderSpec:
     position_max_distance: int = 128
     dropout: float = 0.0
     gated: bool = True  # T5 1.1: gated GELU; False: T5 1.0's ReLU
+    qk_norm: bool = False  # not T5: for encoders learned from nothing, which else do not find the order of words
     trainable: bool = True  # False: frozen, and `weights` must be given
     weights: str = ""  # a folder written by import_weights
 
@@ -82,6 +83,7 @@ class BaseSpec:
     relative_positions: bool = False  # a bias for each 2D offset on attention; not in Muse
     remat: str = "none"  # "none", "full", or a name in jax.checkpoint_policies
     unroll: int = 1  # layers per iteration of the scan over layers
+    attention: str = "xla"  # who computes it: "xla" anywhere, "cudnn" its fused kernel, on NVIDIA GPUs in 16 bits
     dtype: str = "float32"
 
 
@@ -105,10 +107,31 @@ class SuperResSpec:
     relative_positions: bool = False  # a bias for each 2D offset on attention; not in Muse
     remat: str = "none"
     unroll: int = 1
+    attention: str = "xla"  # as for the base model
     dtype: str = "float32"
 
 
-MODELS = {"vqgan": VQGANSpec, "base": BaseSpec, "superres": SuperResSpec}
+@dataclasses.dataclass(frozen=True)
+class MaskGITSpec:
+    """MaskGIT (arXiv 2202.04200): masked transformer whose sequence has the class as one more token."""
+
+    codebook_size: int
+    grid: tuple[int, int]  # image tokens: rows, columns
+    classes: int
+    layers: int
+    width: int
+    heads: int
+    mlp_width: int
+    dropout: float = 0.0
+    qk_norm: bool = False
+    relative_positions: bool = False  # a bias for each 2D offset on attention; not in MaskGIT
+    remat: str = "none"
+    unroll: int = 1
+    attention: str = "xla"  # as for the base model
+    dtype: str = "float32"
+
+
+MODELS = {"vqgan": VQGANSpec, "base": BaseSpec, "superres": SuperResSpec, "maskgit": MaskGITSpec}
 
 # ----------------------------------------------------------------------------------------- task
 
@@ -137,7 +160,7 @@ class TokensTaskSpec:
 
     tokenizer: str  # stage folder of the tokenizer of the predicted tokens
     low_tokenizer: str = ""  # super-resolution: stage folder of the low-resolution tokenizer
-    text_dropout: float = 0.1  # share of examples without their text (guidance, section 2.7)
+    text_dropout: float = 0.1  # share of examples without their text or class (guidance, section 2.7)
     label_smoothing: float = 0.0
     mask_schedule: str = "cosine"
     min_mask_ratio: float = 0.0
@@ -172,22 +195,33 @@ RULES: Mapping[str, Any] = {
 }
 
 
+# Generated scenes, a folder of pictures, TFDS, what `convert` and `precompute` wrote, noise, several of them.
+SOURCES = ("scenes", "folder", "tfds", "array_record", "precomputed", "synthetic", "mixture")
+FILTERED = ("folder", "array_record")  # with pictures' sizes known, so that some can be left out
+# What the sources of a mixture cannot have each for itself.
+MIXED_ALIKE = ("sources", "image_size", "text_length", "text_embeddings", "vocabulary", "workers", "prefetch")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSpec:
     """Where examples come from and what a batch holds."""
 
-    name: str  # "scenes", "folder", "tfds", "synthetic", or "precomputed": tokens and text embeddings
+    name: str  # one of SOURCES
     image_size: int
-    path: str = ""  # folder: the folder; tfds: its data_dir
+    path: str = ""  # folder, array_record, precomputed: the folder; tfds: its data_dir
     dataset: str = ""  # tfds: name, such as "cifar10" or "oxford_flowers102:2.1.1"
     split: str = "train"
     eval_split: str = "test"
     image_key: str = "image"
     text_key: str = ""  # tfds: feature with the caption or the label
     text_length: int = 0  # tokens of text; 0: no text in the batch
-    vocabulary: str = ""  # "scenes", "captions" (made from the data), "bytes", or a sentencepiece model
+    vocabulary: str = ""  # "scenes", "captions" (made from the data), "bytes", a sentencepiece model, or "classes"
     crop: str = "center"  # "center" or "random"
     flip: bool = False  # random horizontal flip; not where captions say left and right
+    min_side: int = 0  # folder, array_record: pictures whose shorter side has fewer pixels are left out
+    max_aspect: float = 0.0  # folder, array_record: and those with a longer side over this times the shorter; 0: none
+    text_embeddings: bool = False  # precomputed: batches have the text's embeddings; False: its ids
+    sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # mixture: {label: {"weight": ..., changes}}
     workers: int = 0  # processes that load; 0: threads of this one
     prefetch: int = 2  # batches held ready
 
@@ -206,6 +240,7 @@ class OptimizerSpec:
     weight_decay: float = 0.0
     clip_norm: float = 0.0  # 0: off
     accumulate: int = 1  # micro-batches a step
+    gradient_dtype: str = "float32"  # between the backward pass and the optimizer, and of sums over micro-batches
     ema_decay: float = 0.0  # 0: no EMA
     adam_learning_rate: float = 0.0  # muon: for what is no matrix; 0: learning_rate
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {label: {field: value}}
@@ -232,6 +267,7 @@ class TrainSpec:
     sample_every: int = 0  # previews of fixed prompts; 0: at the end only
     stop_after_nonfinite: int = 10  # such steps in a row that end the run
     compare_every: int = 1000  # steps; whether replicas are the same bits; 0: with each checkpoint only
+    donate: bool = True  # the new state takes the old one's memory; False keeps both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,17 +292,30 @@ class DeadlinesSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileSpec:
+    """Steps that are recorded for xprof, in the workdir."""
+
+    start_step: int = 10
+    num_steps: int = 0  # 0: none
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleSpec:
     """The sampler settings that a stage is meant to be used with."""
 
     num_inference_steps: int = 24
     schedule: str = "cosine"
     guidance_scale: float = 1.0  # logits = u + s (c - u); 1 is off
-    guidance_ramp: str = "linear"  # "linear": from 1 to the scale over the steps; "constant"
+    guidance_ramp: str = "linear"  # "linear": from 1 to the scale over the steps; "constant"; "power_cosine"
+    guidance_power: float = 2.0  # of power_cosine
+    guidance_start: float = 0.0  # shares of the steps between which there is guidance
+    guidance_end: float = 1.0
     token_temperature: float = 1.0
     choice_temperature: float = 4.5
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    selection_rule: str = "most_confident"  # what is masked again after a step; see sampling/selection.py
+    remasking: float = 0.1  # of the rule "remask": highest share of the settled tokens at a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +333,12 @@ class Spec:
     checkpoint: CheckpointSpec
     sample: SampleSpec
     deadlines: DeadlinesSpec = dataclasses.field(default_factory=DeadlinesSpec)
+    profile: ProfileSpec = dataclasses.field(default_factory=ProfileSpec)
+
+    @property
+    def condition_length(self) -> int:
+        """Ids that a model of tokens is conditioned on: of a text, or the one of a class."""
+        return 1 if isinstance(self.model, MaskGITSpec) else self.data.text_length
 
 
 def from_config(config: Any) -> Spec:
@@ -305,6 +360,7 @@ def from_config(config: Any) -> Spec:
         "checkpoint": CheckpointSpec,
         "sample": SampleSpec,
         "deadlines": DeadlinesSpec,
+        "profile": ProfileSpec,
     }
     built = {name: _build(cls, tree.get(name, {}), name) for name, cls in rest.items()}
     rules = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(tree.get("rules", {})).items()}
@@ -320,6 +376,15 @@ def to_config(spec: Spec) -> dict[str, Any]:
         names = {cls: name for name, cls in table.items()}
         tree[section] = {"name": names[type(getattr(spec, section))], **tree[section]}
     return json.loads(json.dumps(tree))
+
+
+def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config with the keys that did not exist when it was written, at their defaults.
+
+    Raises:
+      SpecError: for a key that exists no longer.
+    """
+    return to_config(from_config(stored))
 
 
 def _named(table: Mapping[str, type], tree: Mapping[str, Any], path: str) -> Any:
@@ -398,9 +463,12 @@ def _check_misfits(spec: Spec) -> None:
     _positive(spec.checkpoint, ("every_steps", "keep"), "checkpoint")
     _positive(spec.data, ("image_size",), "data")
     _positive(spec.deadlines, ("heartbeat",), "deadlines")
-    _one_of(spec.data.name, ("scenes", "folder", "tfds", "synthetic", "precomputed"), "data.name")
-    _one_of(spec.data.crop, ("center", "random"), "data.crop")
+    for name in ("start_step", "num_steps"):
+        if getattr(spec.profile, name) < 0:
+            raise SpecError(f"profile.{name} is {getattr(spec.profile, name)}; expected at least 0.")
+    _check_data(spec.data)
     _one_of(spec.optimizer.name, ("adamw", "adafactor", "muon"), "optimizer.name")
+    _one_of(spec.optimizer.gradient_dtype, ("float32", "bfloat16"), "optimizer.gradient_dtype")
     _one_of(spec.optimizer.schedule, ("cosine", "constant", "linear"), "optimizer.schedule")
     if spec.train.batch_size % spec.optimizer.accumulate:
         raise SpecError(
@@ -416,7 +484,64 @@ def _check_misfits(spec: Spec) -> None:
         _check_transformer(spec)
 
 
+def mixture_parts(data: DataSpec) -> dict[str, tuple[float, DataSpec]]:
+    """{label: (weight, data section)} of a mixture's sources, which have what they don't change from `data`.
+
+    Raises:
+      SpecError: if a source is no data section, or changes what a batch has in common.
+    """
+    parts = {}
+    for label, tree in data.sources.items():
+        path = f"data.sources.{label}"
+        if not isinstance(tree, Mapping):
+            raise SpecError(f"{path} is {tree!r}; expected a section with a weight and keys of DataSpec.")
+        changes = dict(tree)
+        weight = _convert(float, changes.pop("weight", 0), f"{path}.weight")
+        if not 0 < weight < float("inf"):
+            raise SpecError(f"{path}.weight is {weight}; expected a positive number.")
+        for key in MIXED_ALIKE:
+            if key in changes:
+                raise SpecError(f"{path}.{key} is set, but a batch has one data.{key}; set that.")
+        shared = {**dataclasses.asdict(data), "sources": {}, "min_side": 0, "max_aspect": 0.0}
+        parts[label] = weight, _build(DataSpec, {**shared, **changes}, path)
+    return parts
+
+
+def is_precomputed(data: DataSpec) -> bool:
+    """Whether batches have tokens in the place of pictures."""
+    if data.name == "mixture":
+        return all(is_precomputed(part) for _, part in mixture_parts(data).values())
+    return data.name == "precomputed"
+
+
+def _check_data(data: DataSpec, path: str = "data") -> None:
+    _one_of(data.name, SOURCES, f"{path}.name")
+    _one_of(data.crop, ("center", "random"), f"{path}.crop")
+    if (data.name == "mixture") != bool(data.sources) or (data.name == "mixture" and path != "data"):
+        raise SpecError(
+            f"{path}.name is {data.name!r} and {path}.sources has {len(data.sources)} entries; "
+            "a mixture has sources, everything else has none."
+        )
+    if data.name == "mixture":
+        for label, (_, part) in mixture_parts(data).items():
+            _check_data(part, f"data.sources.{label}")
+        if data.min_side or data.max_aspect:
+            raise SpecError(f"{path}.min_side and {path}.max_aspect are set; set them in the mixture's sources.")
+        return
+    if (data.min_side or data.max_aspect) and data.name not in FILTERED:
+        raise SpecError(
+            f"{path}.min_side and {path}.max_aspect filter {' and '.join(map(repr, FILTERED))}, not {data.name!r}; "
+            "set them to 0, or filter with muse_jax.convert."
+        )
+    if data.max_aspect and data.max_aspect < 1:
+        raise SpecError(f"{path}.max_aspect is {data.max_aspect}; a longer side is at least once the shorter.")
+    if data.text_embeddings and data.name != "precomputed":
+        raise SpecError(f"{path}.text_embeddings is set, but only {path}.name='precomputed' has them; unset it.")
+
+
 def _check_tokenizer(spec: Spec) -> None:
+    if is_precomputed(spec.data):
+        raise SpecError("data.name 'precomputed' has tokens, not the pictures that a tokenizer learns from; change it.")
     if not isinstance(spec.task, TokenizerTaskSpec):
         raise SpecError("model.name 'vqgan' needs task.name 'tokenizer'.")
     if spec.data.image_size % spec.model.factor:
@@ -440,14 +565,14 @@ def _check_transformer(spec: Spec) -> None:
         raise SpecError("this model predicts tokens; it needs task.name 'tokens'.")
     if model.width % model.heads:
         raise SpecError(f"model.width {model.width} is not a multiple of model.heads {model.heads}.")
-    if spec.data.text_length < 1:
-        raise SpecError("data.text_length is 0, but the model is conditioned on text; set the length of the prompts.")
+    _one_of(model.attention, ("xla", "cudnn"), "model.attention")
+    if model.attention == "cudnn" and model.dtype not in ("bfloat16", "float16"):
+        raise SpecError(f"model.attention 'cudnn' has kernels for 16 bits only; model.dtype is {model.dtype!r}.")
     if not spec.task.tokenizer:
         raise SpecError(
             "task.tokenizer is empty; name the folder of a trained tokenizer (--config.task.tokenizer=DIR)."
         )
-    if not model.text.trainable and not model.text.weights:
-        raise SpecError("model.text is frozen but model.text.weights is empty; name its weights or make it trainable.")
+    _check_condition(spec)
     if isinstance(model, SuperResSpec):
         if not spec.task.low_tokenizer:
             raise SpecError(
@@ -458,3 +583,24 @@ def _check_transformer(spec: Spec) -> None:
         for side, block in zip(model.grid, model.block, strict=True):
             if side % block:
                 raise SpecError(f"model.grid {model.grid} is not a multiple of model.block {model.block}.")
+
+
+def _check_condition(spec: Spec) -> None:
+    """What the model is conditioned on must be in the batches."""
+    model, data = spec.model, spec.data
+    if isinstance(model, MaskGITSpec):
+        _positive(model, ("classes",), "model")
+        if data.vocabulary != "classes" or data.text_length:
+            raise SpecError(
+                f"data.vocabulary is {data.vocabulary!r} and data.text_length {data.text_length}, but the model is "
+                "conditioned on classes; set data.vocabulary='classes' and data.text_length=0."
+            )
+        return
+    if data.text_length < 1:
+        raise SpecError("data.text_length is 0, but the model is conditioned on text; set the length of the prompts.")
+    if data.vocabulary == "classes":
+        raise SpecError("data.vocabulary is 'classes', but the model is conditioned on text; use model.name='maskgit'.")
+    if not model.text.trainable and not model.text.weights:
+        raise SpecError("model.text is frozen but model.text.weights is empty; name its weights or make it trainable.")
+    if data.text_embeddings and model.text.trainable:
+        raise SpecError("data.text_embeddings is set, but model.text is trained, and its embeddings change; unset it.")

@@ -105,16 +105,16 @@ def _check_codebook(key: str, path: str, tokenizer: Tokenizer, size: int, name: 
 
 
 def _text_encoder(spec: specs.Spec, abstract: bool) -> Any:
-    """The frozen text encoder's parameters, {} where batches have its embeddings, None where it is trained along.
+    """The frozen text encoder's parameters, {} where batches have its embeddings, None where there is none to freeze.
 
     They are tensors that have not been read yet: XXL's 4.6B are never whole in one host's memory (see
     `sharding.place`). As shapes, kernels and tables have the model's dtype, which is what
     `import_weights --dtype` is for.
     """
-    text = spec.model.text
-    if text.trainable:
+    text = getattr(spec.model, "text", None)
+    if text is None or text.trainable:
         return None
-    if spec.data.name == "precomputed":
+    if spec.data.text_embeddings:
         return {}
     ids = jnp.zeros((1, spec.data.text_length), jnp.int32)
     expected = jax.eval_shape(t5.from_spec(text).init, jax.random.key(0), ids, ids > 0)["params"]

@@ -27,7 +27,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from muse_jax import data, specs
+from muse_jax import data, flops, precomputed, roofline, specs
 from muse_jax.training import checkpoint, feed, hosts, reading, replicas, resume, sharding, signals, trainer
 
 # What a person can mend; said without a traceback.
@@ -62,11 +62,14 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
         return finished
     mesh = sharding.make_mesh(spec.mesh)
     sharding.check_batch(spec, mesh)
+    check_attention(spec, mesh.devices.flat[0].platform)
     part, parts = sharding.process_part(sharding.batch_sharding(mesh, spec.rules), spec.train.batch_size)
     vocabulary = data.make_vocabulary(spec.data)
     check_vocabulary(spec, vocabulary)
     task = stages.build_task(spec, checkpoint.load_stage)
     source = data.make_source(spec.data, "train")
+    if specs.is_precomputed(spec.data):
+        precomputed.check(spec, task, source, vocabulary)
 
     def loader(split: str, start: int) -> data.Loader:
         return data.make_loader(
@@ -96,13 +99,36 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
         eval_batches=eval_batches,
         data_fingerprint=source.fingerprint(),
         vocabulary=None if vocabulary is None else vocabulary.to_json(),
+        model_flops=model_flops(spec, task),
+        peak_flops=roofline.peak_flops(jax.local_devices()[0]),
         tensorboard=tensorboard,
         bar=bar,
     )
 
 
+def model_flops(spec: specs.Spec, task: Any) -> float:
+    """Of the networks in a step, for the utilisation in the log; 0 for a model that muse_jax.flops doesn't know."""
+    tokenizers = {getattr(spec.task, name): found.spec for name, found in getattr(task, "tokenizers", {}).items()}
+    try:
+        return flops.train(spec, tokenizers)
+    except NotImplementedError:
+        return 0.0
+
+
+def check_attention(spec: specs.Spec, platform: str) -> None:
+    """Raises SpecError if the devices don't have the attention that the config asks for."""
+    if getattr(spec.model, "attention", "") == "cudnn" and platform not in ("gpu", "cuda"):
+        raise specs.SpecError(f"model.attention is 'cudnn', but the devices are {platform}; set it to 'xla'.")
+
+
 def check_vocabulary(spec: specs.Spec, vocabulary: Any) -> None:
-    """Raises SpecError if the data's text ids don't fit the model's text encoder."""
+    """Raises SpecError if the data's text ids or classes don't fit the model."""
+    classes = getattr(spec.model, "classes", None)
+    if classes is not None and vocabulary.size != classes + 1:
+        raise specs.SpecError(
+            f"model.classes is {classes}, but the data have {vocabulary.size - 1} classes; "
+            f"set model.classes={vocabulary.size - 1}."
+        )
     text = getattr(spec.model, "text", None)
     if text is not None and vocabulary is not None and vocabulary.size > text.vocabulary_size:
         raise specs.SpecError(

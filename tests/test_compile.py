@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from muse_jax import ahead, compile, flops, roofline, specs
+from muse_jax import ahead, cascade, compile, flops, roofline, specs
 from muse_jax.training import sharding
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -80,6 +80,15 @@ def test_frozen_networks_are_split_over_the_mesh():
     assert program.mesh.axis_names == sharding.AXES
 
 
+def test_decoding_loops_are_lowered_as_shapes():
+    """What compiling for sampling hands to libtpu; that needs no TPU and no libtpu yet."""
+    networks, programs = cascade.lower(spec_of("maskgit_imagenet256.py"), CONFIGS, 2, jax.devices()[0])
+    assert set(programs) == {"base", "decoder"}
+    assert set(networks) == {"base", "decoder"}, "no text encoder goes with classes"
+    tokens = 2 * 8 * 257  # of 2 pictures in 8 steps, with the class's
+    assert programs["base"].model_flops > 2 * 168e6 * tokens
+
+
 def test_an_unknown_chip_is_refused():
     with pytest.raises(specs.SpecError, match="v5p"):
         compile.topology_devices("v3:4x4")
@@ -107,8 +116,9 @@ def report(tmp_path: pathlib.Path, *arguments: str) -> dict:
 @without_libtpu
 @pytest.mark.tpu_compile
 def test_a_run_on_cpu_does_not_touch_libtpu():
-    program = "import jax, muse_jax.compile; jax.devices(); print('libtpu.so' in open('/proc/self/maps').read())"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    """Whether or not JAX_PLATFORMS says that it is one."""
+    program = "import muse_jax, jax; jax.devices(); print('libtpu.so' in open('/proc/self/maps').read())"
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == "False", done.stderr[-2000:]
@@ -139,6 +149,10 @@ def test_the_3b_step_on_the_papers_pod(tmp_path, config):
         "vqgan_f16_256.py",
         "vqgan_f8_512.py",
         "decoder_f8_512.py",
+        "maskgit_imagenet256.py",
+        "maskgit_imagenet512.py",
+        "vqgan_imagenet256.py",
+        "vqgan_imagenet512.py",
     ],
 )
 def test_the_other_steps_fit_the_papers_pod(tmp_path, config):
@@ -151,6 +165,14 @@ def test_the_other_steps_fit_the_papers_pod(tmp_path, config):
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x8x8", "v6e:16x16"])
 def test_the_3b_step_on_later_chips(tmp_path, topology):
     report(tmp_path, "--config=configs/base_3b.py:precomputed", f"--topology={topology}")
+
+
+@without_libtpu
+@pytest.mark.tpu_compile
+@pytest.mark.timeout(3600)
+def test_sampling_by_class_on_one_chip(tmp_path):
+    arguments = ("--config=configs/maskgit_imagenet256.py", "--topology=v4:2x2x1", "--mode=sample")
+    assert set(report(tmp_path, *arguments)["programs"]) == {"base", "decoder"}
 
 
 @without_libtpu

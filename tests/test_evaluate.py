@@ -90,6 +90,7 @@ class Painter:
     """
 
     max_batch_size = 16
+    classes = ()
 
     def __init__(self, stages, follows):
         self.stages = {**stages, "decoder": stages["tokenizer_high"]}

@@ -17,12 +17,19 @@ CONFIGS = [
     "vqgan_f16_256.py",
     "vqgan_f8_512.py",
     "decoder_f8_512.py",
+    "maskgit_imagenet256.py",
+    "maskgit_imagenet512.py",
+    "vqgan_imagenet256.py",
+    "vqgan_imagenet512.py",
 ]
-# Of the model itself; the paper names the first three sizes (abstract, section 3.1).
+# Of the model itself; Muse names the first three sizes (abstract, section 3.1). MaskGIT's table 1 has 227M with the
+# tokenizer's 54M.
 SIZES = {
     "base_3b.py": (2.9e9, 3.3e9),
     "base_632m.py": (0.96 * 632e6, 1.04 * 632e6),
     "superres_268m.py": (0.96 * 268e6, 1.04 * 268e6),
+    "maskgit_imagenet256.py": (0.96 * 173e6, 1.04 * 173e6),
+    "maskgit_imagenet512.py": (0.96 * 173e6, 1.04 * 173e6),
 }
 
 

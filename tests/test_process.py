@@ -56,3 +56,36 @@ def test_a_command_starts_again_with_the_settings(tmp_path):
 )
 def test_otherwise_it_is_left_alone(tmp_path, module, environment, expected):
     assert _run(tmp_path, module, **environment) == f"{expected} ['--flag=a b']"
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "given", "expected"),
+    [(True, "", None, "cpu"), (True, "/dev/null", None, None), (False, "", None, None), (True, "", "cuda", "cuda")],
+    ids=["libtpu alone", "with a device", "without libtpu", "asked for"],
+)
+def test_a_cpu_run_keeps_off_libtpu(tmp_path, installed, device, given, expected):
+    if installed:
+        (tmp_path / "libtpu").mkdir()
+        (tmp_path / "libtpu/__init__.py").write_text("raise SystemExit('touched')")
+    program = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("process", {process.__file__!r})
+process = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(process)
+process.TPUS, process.GPUS = ({device!r},), ()
+if not {installed}:
+    sys.modules["libtpu"] = None
+    importlib.util.find_spec = lambda name: None
+process.keep_off_libtpu()
+print(__import__("os").environ.get("JAX_PLATFORMS"))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | {"PYTHONPATH": str(tmp_path)}
+    environment |= {"JAX_PLATFORMS": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(expected)
+
+
+def test_the_package_keeps_off_libtpu_before_jax_is_imported():
+    program = "import sys, muse_jax; print('jax' in sys.modules, 'muse_jax.process' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]

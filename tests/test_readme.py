@@ -22,7 +22,13 @@ ELSEWHERE = {
     "pytest": ".ci/run",
     "python -m muse_jax.compile --config=configs/base_3b.py --topology=v4:4x8x8": "tests/test_compile.py",
 }
-SLOW = ("--configs=configs/pictures", "muse_jax.benchmark")  # words of commands that take half a minute and more
+SLOW = (
+    "--configs=configs/pictures",
+    "muse_jax.benchmark",
+    "--sweep",
+    "muse_jax.overhead",
+    "runs/emoji-records",
+)  # words of commands that take half a minute and more
 
 
 def _fenced(language: str) -> list[str]:
@@ -41,9 +47,11 @@ def _short(command: str) -> list[str]:
     assert words[0] == "python"
     if "muse_jax.evaluate" in words:
         words += ["--num_prompts=2", "--num_unguided=1", "--num_held_out=1", "--num_reconstructed=2"]
-        words += ["--num_edits=1", "--out=runs/e"]
+        words += ["--num_edits=1", "--num_swept=2", "--sweep_steps=2", "--out=runs/e"]
     if "muse_jax.benchmark" in words:
         words += ["--quick"]
+    if "muse_jax.overhead" in words:
+        words += ["--variant=tiny", "--steps=3", "--rounds=1"]
     return [sys.executable, *words[1:]]
 
 

@@ -122,6 +122,10 @@ def test_values_arrive():
         (BASE, "data.crop", "middle", ["data.crop", "'middle'", "'center'"]),
         (BASE, "data.name", "cats", ["data.name", "'folder'"]),
         (BASE, "rules.mlp", "model", ["rules", "'model'", "'tensor'"]),
+        (BASE, "model.attention", "flash", ["model.attention", "'cudnn'"]),
+        (BASE, "model.attention", "cudnn", ["model.attention", "16 bits", "'float32'"]),
+        (BASE, "optimizer.gradient_dtype", "float16", ["optimizer.gradient_dtype", "'bfloat16'"]),
+        (BASE, "profile", {"num_steps": -1}, ["profile.num_steps", "at least 0"]),
         (BASE, "model.heads", 3, ["model.width 32", "model.heads 3"]),
         (BASE, "data.text_length", 0, ["data.text_length"]),
         (BASE, "task.tokenizer", "", ["task.tokenizer", "--config.task.tokenizer"]),
@@ -154,3 +158,13 @@ def test_missing_keys_are_named():
     del config["model"]
     with pytest.raises(specs.SpecError, match=r"model\.name is None"):
         specs.from_config(ConfigDict(config))
+
+
+def test_a_stored_config_is_completed_with_what_came_since():
+    """A run started before a key existed goes on as it was: at the key's default."""
+    stored = specs.to_config(specs.from_config(TOKENIZER))
+    older = json.loads(json.dumps(stored))
+    del older["model"]["encoder_kernel"], older["train"]["stop_after_nonfinite"]
+    assert specs.completed(older) == stored
+    with pytest.raises(specs.SpecError, match="removed_since"):
+        specs.completed({**older, "data": {**older["data"], "removed_since": 1}})

@@ -48,6 +48,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             position_max_distance=128,
             dropout=0.1,
             gated=True,
+            qk_norm=True,  # or the order of words is not learned
             trainable=True,  # small, and learned along with the model
             weights="",
         ),
@@ -91,6 +92,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.rules = dict(specs.RULES)
     config.train = dict(steps=1500, batch_size=64, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
     config.checkpoint = dict(every_steps=250, keep=2)
+    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=24,  # Muse, section 2.8
         schedule="cosine",

@@ -5,14 +5,16 @@ batches, `make_vocabulary` what turns captions to ids, and `fingerprint` a short
 when the data do. Sources are imported when they are asked for, so that no run needs the libraries
 of another's data.
 
-A source has ``len(source)`` and ``source[i]``, a dict with `image` uint8 [s, s, 3] and, where there is one,
-`text` (str) and `label` (int); ``source.captions()`` for vocabularies; ``source.fingerprint()``; and either
-``source.example(i, seed)``, whose seed draws crop and flip, or ``source.batch(indices, seeds)``, the same
-for many examples at once.
+A source has ``len(source)`` and ``source[i]``, a dict with `image` uint8 [s, s, 3], or what was precomputed
+from one, and, where there is one, `text` (str) and `label` (int); ``source.captions()`` for vocabularies,
+``source.class_names()`` where `spec.vocabulary` is "classes" and examples must have a label;
+``source.fingerprint()``; and either ``source.example(i, seed)``, whose seed (of the run, and the example id)
+draws crop, flip and caption, or ``source.batch(indices, seeds)``, the same for many examples at once.
 """
 
 from typing import Any
 
+from muse_jax import specs
 from muse_jax.data.loader import Loader, make_loader
 from muse_jax.specs import DataSpec
 from muse_jax.text import vocabulary as vocabulary_lib
@@ -20,7 +22,7 @@ from muse_jax.text import vocabulary as vocabulary_lib
 __all__ = ["Loader", "fingerprint", "make_loader", "make_source", "make_vocabulary"]
 
 # The vocabulary where data.vocabulary is empty.
-_VOCABULARIES = {"scenes": "scenes", "folder": "captions", "tfds": "captions", "synthetic": "bytes"}
+_VOCABULARIES = {"scenes": "scenes", "synthetic": "bytes"}  # elsewhere "captions"
 
 
 def make_source(spec: DataSpec, split: str = "train") -> Any:
@@ -47,26 +49,41 @@ def make_source(spec: DataSpec, split: str = "train") -> Any:
         from muse_jax.data.tfds_source import TFDSSource
 
         return TFDSSource(spec, split)
+    if spec.name == "array_record":
+        from muse_jax.data.array_record_source import ArrayRecordSource
+
+        return ArrayRecordSource(spec, split)
     if spec.name == "synthetic":
         from muse_jax.data.synthetic import SyntheticSource
 
         return SyntheticSource(spec, split)
     if spec.name == "precomputed":
-        raise ValueError("data.name is 'precomputed': such runs can be compiled, but nothing reads their data yet.")
-    raise ValueError(f"data.name is {spec.name!r}; expected 'scenes', 'folder', 'tfds' or 'synthetic'.")
+        from muse_jax.data.precomputed_source import PrecomputedSource
+
+        return PrecomputedSource(spec, split)
+    if spec.name == "mixture":
+        from muse_jax.data.mixture import Mixture
+
+        return Mixture(
+            {label: (weight, make_source(part, split)) for label, (weight, part) in specs.mixture_parts(spec).items()}
+        )
+    raise ValueError(f"data.name is {spec.name!r}; expected one of {', '.join(map(repr, specs.SOURCES))}.")
 
 
 def make_vocabulary(spec: DataSpec) -> vocabulary_lib.Vocabulary | None:
-    """The vocabulary of `spec.vocabulary`: "scenes", "captions", "bytes" or a SentencePiece model's path.
+    """The vocabulary of `spec.vocabulary`: "scenes", "captions", "bytes", a SentencePiece model's path, or "classes".
 
     Empty means the one that suits the data: "scenes", "captions" for folders and TFDS, else "bytes".
 
     Returns:
-      The vocabulary, or None if `spec.text_length` is 0 and batches have no text.
+      The vocabulary: with "classes" the names of the labels, which the batches have instead of texts. None
+      if `spec.text_length` is 0 and batches have neither.
     """
+    if spec.vocabulary == "classes":
+        return vocabulary_lib.ClassVocabulary(make_source(spec).class_names())
     if not spec.text_length:
         return None
-    name = spec.vocabulary or _VOCABULARIES[spec.name]
+    name = spec.vocabulary or _VOCABULARIES.get(spec.name, "captions")
     if name == "scenes":
         from muse_jax.data import scenes
 

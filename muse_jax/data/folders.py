@@ -61,13 +61,16 @@ class Scan:
         return " ".join([text, *self.notes])
 
 
-def scan(root: str, *, text_key: str = "text", needs_text: bool = True) -> Scan:
+def scan(
+    root: str, *, text_key: str = "text", needs_text: bool = True, min_side: int = 0, max_aspect: float = 0.0
+) -> Scan:
     """Lists a folder; reads headers and captions, but no pixels.
 
     Args:
       root: the folder; hidden files and folders in it are not looked at.
       text_key: the caption's column in metadata files.
       needs_text: if False, a folder without any caption at all is usable (to train a tokenizer).
+      min_side, max_aspect: see `transforms.size_fault`; pictures with a fault are skipped.
 
     Raises:
       FileNotFoundError: if there is no such folder.
@@ -77,7 +80,7 @@ def scan(root: str, *, text_key: str = "text", needs_text: bool = True) -> Scan:
     if not os.path.isdir(root):
         raise FileNotFoundError(f"data.path is {root!r}, which is no folder. {LAYOUT}")
     root = os.path.abspath(root)
-    found = _scan(root, _walk(root), text_key, needs_text)
+    found = _scan(root, _walk(root), text_key, needs_text, min_side, max_aspect)
     if not found.keys:
         raise ValueError(f"Nothing is usable. {found.summary()} {LAYOUT}" + _hint(found))
     return found
@@ -127,7 +130,14 @@ def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4)  # training, evaluation, vocabulary and fingerprint ask for the same folder
-def _scan(root: str, files: tuple[tuple[str, int, int], ...], text_key: str, needs_text: bool) -> Scan:
+def _scan(
+    root: str,
+    files: tuple[tuple[str, int, int], ...],
+    text_key: str,
+    needs_text: bool,
+    min_side: int,
+    max_aspect: float,
+) -> Scan:
     captions = captions_lib.Captions(root, frozenset(key for key, _, _ in files), text_key)
     keys, texts, sizes = [], [], []
     skipped: dict[str, list[str]] = collections.defaultdict(list)
@@ -138,7 +148,7 @@ def _scan(root: str, files: tuple[tuple[str, int, int], ...], text_key: str, nee
         elif extension in OTHER_PICTURES:
             skipped[f"format not read ({extension})"].append(key)
         elif extension in EXTENSIONS or captions.lists(key):
-            reason = _header_fault(os.path.join(root, key))
+            reason = _header_fault(os.path.join(root, key), min_side, max_aspect)
             if reason:
                 skipped[reason].append(key)
             else:
@@ -160,15 +170,15 @@ def _log_once(summary: str, level: int) -> None:
     logging.log(level, "%s", summary)
 
 
-def _header_fault(path: str) -> str:
+def _header_fault(path: str, min_side: int, max_aspect: float) -> str:
     try:
         transforms.check_file_size(path)
-        transforms.open_image(path).close()
+        with transforms.open_image(path) as image:
+            return transforms.size_fault(*image.size, min_side, max_aspect)
     except transforms.UnusableError as error:
         return error.reason
     except OSError as error:
         return f"cannot be opened ({error.strerror})"
-    return ""
 
 
 def printable(name: str) -> str:
@@ -193,14 +203,14 @@ def split_positions(scanned: Scan, split: str, train_name: str = "train", eval_n
         return tuple(i for i in positions if scanned.keys[i].startswith(f"{name}/"))
     if len(positions) == 1:
         return (0,)
-    shares = [_hash_share(key) for key in scanned.keys]
+    shares = [hash_share(key) for key in scanned.keys]
     least = min(max(EVAL_SHARE, np.nextafter(min(shares), 1)), max(shares))  # neither split is empty
     if split == "eval":
         return tuple(i for i in positions if shares[i] < least)
     return tuple(i for i in positions if shares[i] >= least)
 
 
-def _hash_share(key: str) -> float:
+def hash_share(key: str) -> float:
     """A number in [0, 1) from a key alone."""
     return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:6], "big") / 2**48
 
@@ -212,21 +222,51 @@ class FolderSource:
     in every epoch; `broken` has its key and the reason.
 
     Args:
-      spec: `path`, `image_size`, `text_key` ("text" if empty), `crop`, `flip` and the splits are read.
+      spec: `path`, `image_size`, `text_key` ("text" if empty), `crop`, `flip`, `min_side`, `max_aspect` and
+        the splits are read. With `vocabulary` "classes" each sub-folder with pictures is a class, and
+        examples have its label.
       split: "train" or "eval".
     """
 
     def __init__(self, spec: DataSpec, split: str = "train"):
-        self.scan = scan(spec.path, text_key=spec.text_key or "text", needs_text=spec.text_length > 0)
+        self.scan = scan(
+            spec.path,
+            text_key=spec.text_key or "text",
+            needs_text=spec.text_length > 0,
+            min_side=spec.min_side,
+            max_aspect=spec.max_aspect,
+        )
         _log_once(self.scan.summary(), logging.WARNING if self.scan.skipped or self.scan.notes else logging.INFO)
         self._spec = spec
         self._positions = np.array(split_positions(self.scan, split, spec.split, spec.eval_split), np.int64)
         self._has_text = any(self.scan.captions)
+        self._classes = self._find_classes() if spec.vocabulary == "classes" else []
         if not len(self._positions):
             raise ValueError(f"The {split} split has no picture. {self.scan.summary()}")
         self._reader = Reader(
             self._read, length=len(self), name_of=self._name, fixed=spec.crop == "center" and not spec.flip
         )
+
+    def _find_classes(self) -> list[str]:
+        tops = sorted({self._folder(key) for key in self.scan.keys})
+        if "" in tops or len(tops) < 2:
+            raise ValueError(
+                f"data.vocabulary is 'classes', but {self.scan.root} has no folder of pictures for each class "
+                f"(found {', '.join(map(repr, tops[:_NAMES_SHOWN]))}); lay it out as CLASS/NAME.jpg, or as "
+                f"{self._spec.split}/CLASS/NAME.jpg and {self._spec.eval_split}/CLASS/NAME.jpg."
+            )
+        return tops
+
+    def _folder(self, key: str) -> str:
+        """The class of a picture: the name of the folder that it lies in; "" if that is a split's or the data's."""
+        folders = key.split("/")[:-1]
+        if folders and folders[0] in (self._spec.split, self._spec.eval_split):
+            folders = folders[1:]
+        return printable(folders[-1]) if folders else ""
+
+    def class_names(self) -> list[str]:
+        """The names of the classes' folders, in alphabetical order."""
+        return self._classes
 
     @property
     def broken(self) -> dict[str, str]:
@@ -265,6 +305,8 @@ class FolderSource:
         made = {"image": transforms.decode(path, spec.image_size, crop=spec.crop, flip=spec.flip, seed=seed)}
         if self._has_text:
             made["text"] = self.scan.captions[self._positions[index]]
+        if self._classes:
+            made["label"] = self._classes.index(self._folder(self.key(index)))
         return made
 
     def fingerprint(self) -> str:

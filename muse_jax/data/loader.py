@@ -10,6 +10,7 @@ pays Grain's overhead once.
 """
 
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent import futures
@@ -19,12 +20,14 @@ import grain
 import numpy as np
 from absl import flags, logging
 
+from muse_jax.data import processes
 from muse_jax.specs import DataSpec
 from muse_jax.text.vocabulary import Vocabulary
 
 _STEPS = 2**40  # Grain wants an end; no run gets there
 _LISTED = 2**14  # examples up to which an epoch's order is a list
-_REBUILDS = 3  # times that loading processes may die
+_REBUILDS = 3  # times that loading processes may die, in so many seconds:
+_REBUILD_SECONDS = 3600
 _DECODE_THREADS = 16
 _SPLIT_STREAM = {"train": 0, "eval": 1}
 
@@ -50,6 +53,11 @@ class Order:
             self._epochs = {**{e: o for e, o in self._epochs.items() if abs(e - epoch) < 3}, epoch: order}
         return int(order[at])
 
+    def id(self, position: int) -> int:
+        """The example id: ``epoch * length + index``, wrapped so that it stays in int32."""
+        epochs = max((2**31 - 1) // self._length, 1)
+        return position // self._length % epochs * self._length + self[position]
+
 
 class Batches:
     """Random access to the batches of a run: ``batches[n]`` is this process's part of batch n.
@@ -59,7 +67,7 @@ class Batches:
       batch_size: global.
       seed: of the order, the crops and the flips.
       vocabulary: for `text_ids`; None if `text_length` is 0.
-      text_length: ids of a text; 0: no text in the batch.
+      text_length: ids of a text; 0: the batch has none.
       split: "train" or "eval": different orders from one seed.
       process_index, process_count: which rows: the process_index-th of process_count equal parts.
     """
@@ -88,38 +96,40 @@ class Batches:
         self._vocabulary = vocabulary
         self._text_length = text_length
         self._seed = int(np.random.SeedSequence((seed % 2**64, _SPLIT_STREAM[split])).generate_state(1)[0])
-        self._order = Order(len(source), self._seed)
+        self._order = source.order(self._seed) if hasattr(source, "order") else Order(len(source), self._seed)
         self._pool: futures.ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         return _STEPS
 
-    def indices(self, step: int) -> tuple[list[int], list[int]]:
-        """Of this process's rows of a batch: indices into the source, and example ids.
+    def ids(self, step: int) -> list[int]:
+        """The example ids of this process's rows of a batch.
 
-        The example id is ``epoch * len(source) + index``: ids of one batch differ also where the source
-        is smaller than the batch, and the id modulo the source's length leads back to the example.
+        An id is ``epoch * len(source) + index``: ids of one batch differ also where the source is smaller
+        than the batch, and the id modulo the source's length leads back to the example.
         """
-        length = len(self._source)
         start = step * self._batch_size + self._first_row
-        indices = [self._order[position] for position in range(start, start + self._rows)]
-        epochs = max((2**31 - 1) // length, 1)  # ids stay in int32
-        ids = [(start + row) // length % epochs * length + index for row, index in enumerate(indices)]
-        return indices, ids
+        return [self._order.id(position) for position in range(start, start + self._rows)]
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        indices, ids = self.indices(int(step))
-        made = self._examples(indices, [(self._seed, i) for i in ids])
-        batch = {"example_id": np.array(ids, np.int32), "image": made["image"]}
+        return self.make(self.ids(int(step)))
+
+    def make(self, ids: Sequence[int]) -> dict[str, np.ndarray]:
+        """The batch of these examples."""
+        made = self.examples(ids)
+        texts = made.pop("text", None)
+        batch = {"example_id": np.array(ids, np.int32), **made}
         if self._text_length:
-            batch["text_ids"], batch["text_mask"] = self._vocabulary.encode_batch(made["text"], self._text_length)
+            batch["text_ids"], batch["text_mask"] = self._vocabulary.encode_batch(texts, self._text_length)
         if "label" in made:
             batch["label"] = np.asarray(made["label"], np.int32)
         return batch
 
-    def _examples(self, indices: Sequence[int], seeds: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    def examples(self, ids: Sequence[int]) -> dict[str, Any]:
+        """What the source gives, stacked, and the texts as a list; the id decides crop, flip and caption."""
+        indices, seeds = [i % len(self._source) for i in ids], [(self._seed, i) for i in ids]
         if hasattr(self._source, "batch"):
-            return self._source.batch(indices, seeds)
+            return dict(self._source.batch(indices, seeds))
         threads = min(os.cpu_count() or 1, _DECODE_THREADS, len(indices))
         if self._pool is None:  # made here, since a pool cannot be sent to another process
             self._pool = futures.ThreadPoolExecutor(threads, "decode")
@@ -128,7 +138,7 @@ class Batches:
         parts = [task.result() for task in tasks]
         examples = [parts[row % threads][row // threads] for row in range(len(indices))]
         made = {key: [example[key] for example in examples] for key in examples[0]}
-        return {**made, "image": np.stack(made["image"])}
+        return {key: values if key == "text" else np.stack(values) for key, values in made.items()}
 
     def _read(self, indices: Sequence[int], seeds: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
         return [self._source.example(index, seed) for index, seed in zip(indices, seeds, strict=True)]
@@ -150,7 +160,7 @@ class Loader:
         self.step = start_step
         self._prefetch = max(prefetch, 0)
         self._workers = workers
-        self._rebuilds = 0
+        self._rebuilt: list[float] = []  # when, in seconds
         self._running: list[Any] = []
         # At the interpreter's end Grain's own clean-up comes too late.
         self._finalizer = weakref.finalize(self, _stop, self._running)
@@ -168,7 +178,8 @@ class Loader:
         options = grain.MultiprocessingOptions(
             num_workers=self._workers, per_worker_buffer_size=max(self._prefetch // self._workers, 1)
         )
-        return iter(dataset.mp_prefetch(options))
+        self._processes = processes.Processes()
+        return iter(dataset.mp_prefetch(options, worker_init_fn=self._processes.started))
 
     def __iter__(self) -> "Loader":
         return self
@@ -178,14 +189,17 @@ class Loader:
             raise ValueError("This loader is closed.")
         while True:
             try:
-                batch = next(self._running[0])
+                batch = self._processes.next(self._running[0]) if self._workers else next(self._running[0])
                 break
             except RuntimeError as error:
                 # A loading process was killed (for memory, perhaps). The position is only a number, so start anew.
-                if not self._workers or self._rebuilds == _REBUILDS:
+                now = time.monotonic()
+                self._rebuilt = [then for then in self._rebuilt if now - then < _REBUILD_SECONDS]
+                if not self._workers or len(self._rebuilt) == _REBUILDS:
                     raise
-                self._rebuilds += 1
+                self._rebuilt.append(now)
                 logging.error("Loading processes failed at step %d (%s); starting them again.", self.step, error)
+                self._processes.kill()
                 _stop(self._running)
                 self._running.append(self._build())
         self.step += 1
@@ -229,6 +243,8 @@ def make_loader(
     Returns:
       An endless iterator over dicts with `example_id` int32 [b], `image` uint8 [b, h, w, 3], and, where
       the data and the spec have them, `text_ids` int32 and `text_mask` bool [b, t], `label` int32 [b].
+      Precomputed data have `low_tokens` and `high_tokens` int32 [b, n] in the place of `image`, and with
+      data.text_embeddings `text_embeddings` [b, t, d] in that of `text_ids`.
 
     Raises:
       ValueError: if text is asked for and there is no vocabulary or there are no captions, or the batch
@@ -239,16 +255,17 @@ def make_loader(
     if split not in _SPLIT_STREAM:
         raise ValueError(f"split is {split!r}; expected 'train' or 'eval'.")
     source = make_source(spec, split) if source is None else source
-    if spec.text_length and vocabulary is None:
+    text_length = 0 if spec.text_embeddings else spec.text_length
+    if text_length and vocabulary is None:
         raise ValueError("data.text_length asks for text, but no vocabulary was given; pass make_vocabulary(spec).")
-    if spec.text_length and "text" not in source[0]:
+    if text_length and "text" not in source[0]:
         raise ValueError(f"data.text_length asks for text, but data.name={spec.name!r} gives no captions here.")
     batches = Batches(
         source,
         batch_size=batch_size,
         seed=seed,
         vocabulary=vocabulary,
-        text_length=spec.text_length,
+        text_length=text_length,
         split=split,
         process_index=process_index,
         process_count=process_count,

@@ -70,6 +70,8 @@ class Reader:
         )
 
     def _keep(self, index: int, example: dict[str, Any]) -> dict[str, Any]:
+        if not self._room:
+            return example
         size = example["image"].nbytes
         if size <= self._room:  # several threads may pass at once, and be a few pictures over
             self._room -= size

@@ -33,6 +33,7 @@ RELATIONS = {
     "below": ("below", "under"),
 }
 HELD_OUT = (("green", "circle"), ("purple", "square"), ("yellow", "triangle"))  # never in train or test
+CLASSES = tuple((color, shape) for color in COLORS for shape in SHAPES)  # of a single object; the label is the place
 SPLITS = {"train": 10_000_000, "test": 100_000, "held_out": 100_000}  # scenes in each
 
 _PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT)
@@ -146,6 +147,24 @@ def _scene(draws: _Draws, split: str) -> Scene:
     relation = draws.choice(tuple(RELATIONS)) if len(groups) == 2 else None
     caption = _caption(background, groups, relation, draws)
     return Scene(background, groups, relation, _place(groups, relation, draws), caption)
+
+
+def single_objects(indices: Sequence[int], seed: int = 0, split: str = "train") -> list[Scene]:
+    """Scenes of one object of any of `CLASSES`, `HELD_OUT` too: a class can't be drawn that was never seen."""
+    return [_single_object(_Draws(row)) for row in _uniforms(np.asarray(indices), seed, split)]
+
+
+def _single_object(draws: _Draws) -> Scene:
+    background = draws.choice(tuple(BACKGROUNDS))
+    color, shape = draws.choice(CLASSES)
+    groups = (Group(1, draws.choice(tuple(SIZES)), color, shape),)
+    caption = _caption(background, groups, None, draws)
+    return Scene(background, groups, None, _place(groups, None, draws), caption)
+
+
+def label(item: Scene) -> int:
+    """The place in `CLASSES` of a scene's first group."""
+    return CLASSES.index((item.groups[0].color, item.groups[0].shape))
 
 
 def _counts(u: float) -> tuple[int, ...]:

@@ -51,6 +51,10 @@ class SyntheticSource:
             "label": (at % _CLASSES).astype(np.int32),
         }
 
+    def class_names(self) -> list[str]:
+        """A name for each label."""
+        return [f"class {i}" for i in range(_CLASSES)]
+
     def captions(self) -> Iterator[str]:
         """Every different caption."""
         return iter(self._texts)

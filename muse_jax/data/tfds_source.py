@@ -5,13 +5,13 @@ happens at the first use of one that is not in the data directory yet.
 """
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from muse_jax.data import transforms
+from muse_jax.data import tfds_features, transforms
 from muse_jax.data.reading import Reader
 from muse_jax.specs import DataSpec
 
@@ -47,13 +47,16 @@ class TFDSSource:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"data.dataset {spec.dataset!r} is not in {directory or 'TFDS'}: {first}") from error
         self._features = builder.info.features
-        self._image = self._feature(spec.image_key, "image_key", (tfds.features.Image,))
+        features = tfds_features.Features(builder)
+        self._image = features.image(spec.image_key)
         self._text = None
         if spec.text_key:
-            self._text = self._feature(spec.text_key, "text_key", (tfds.features.Text, tfds.features.ClassLabel))
+            self._text = features.text(spec.text_key)
         elif spec.text_length:
-            raise ValueError(f"data.text_key is empty; name the feature with the captions. {self._listed()}")
+            raise ValueError(f"data.text_key is empty; name the feature with the captions. {features.listed()}")
         self._label_key = self._find_label(tfds.features.ClassLabel)
+        if spec.vocabulary == "classes" and not self._label_key:
+            raise ValueError(f"data.vocabulary is 'classes'; name the label with data.text_key. {self._listed()}")
         # Encoded pictures are decoded here, with what is known of odd files; other types by TFDS.
         self._encoded = np.dtype(self._image.np_dtype) == np.uint8 and "/" not in spec.image_key
         decoders = {spec.image_key: tfds.decode.SkipDecoding()} if self._encoded else None
@@ -75,24 +78,11 @@ class TFDSSource:
         except (KeyError, ValueError) as error:  # an unknown split or slice
             raise ValueError(f"data.split {self._split!r} of {self._spec.dataset} cannot be read: {error}") from error
 
-    def _listed(self) -> str:
-        return (
-            "It has the features " + ", ".join(sorted(f"{key} ({_kind(f)})" for key, f in _flat(self._features))) + "."
-        )
-
-    def _feature(self, key: str, name: str, kinds: tuple[type, ...]) -> Any:
-        feature = dict(_flat(self._features)).get(key)
-        if feature is None:
-            raise ValueError(f"data.{name} is {key!r}, which {self._spec.dataset} lacks. {self._listed()}")
-        if not isinstance(_inner(feature), kinds):
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"data.{name} is {key!r}, of type {_kind(feature)}; expected {wanted}. {self._listed()}")
-        return feature
-
     def _find_label(self, kind: type) -> str:
         if isinstance(self._text, kind) and "/" not in self._spec.text_key:
             return self._spec.text_key
-        labels = [key for key, feature in _flat(self._features) if isinstance(feature, kind) and "/" not in key]
+        features = tfds_features.flat(self._features)
+        labels = [key for key, feature in features if isinstance(feature, kind) and "/" not in key]
         return labels[0] if len(labels) == 1 else ""
 
     def __len__(self) -> int:
@@ -110,11 +100,11 @@ class TFDSSource:
 
     def _read(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
         record = self._data[index]
-        made = {"image": self._pixels(_get(record, self._spec.image_key), seed)}
+        made = {"image": self._pixels(tfds_features.get(record, self._spec.image_key), seed)}
         if self._text is not None:
-            made["text"] = self._caption(_get(record, self._spec.text_key), seed)
+            made["text"] = self._caption(tfds_features.get(record, self._spec.text_key), seed)
         if self._label_key:
-            made["label"] = int(_get(record, self._label_key))
+            made["label"] = int(tfds_features.get(record, self._label_key))
         return made
 
     def _pixels(self, value: Any, seed: tuple[int, ...]) -> np.ndarray:
@@ -125,59 +115,29 @@ class TFDSSource:
         return transforms.crop_of_example(transforms.to_rgb(_image(np.asarray(value))), spec.image_size, **crop)
 
     def _caption(self, value: Any, seed: tuple[int, ...]) -> str:
-        if _is_many(value):
+        if tfds_features.is_many(value):
             if len(value) == 0:
                 return ""
             value = value[int(np.random.default_rng((*seed, 1)).integers(len(value)))]
-        return _as_text(_inner(self._text), value)
+        return tfds_features.as_text(tfds_features.inner(self._text), value)
 
     def captions(self) -> Iterator[str]:
         """Every caption of the split; of labels, the names."""
-        inner = _inner(self._text)
+        inner = tfds_features.inner(self._text)
         if hasattr(inner, "int2str"):
-            return (_as_text(inner, i) for i in range(inner.num_classes))
-        values = (_get(self._data[i], self._spec.text_key) for i in range(len(self)))
-        return (_as_text(inner, v) for value in values for v in (value if _is_many(value) else [value]))
+            return (tfds_features.as_text(inner, i) for i in range(inner.num_classes))
+        values = (tfds_features.get(self._data[i], self._spec.text_key) for i in range(len(self)))
+        lists = (value if tfds_features.is_many(value) else [value] for value in values)
+        return (tfds_features.as_text(inner, value) for values in lists for value in values)
+
+    def class_names(self) -> list[str]:
+        """The labels' names, with spaces for underscores."""
+        label = self._features[self._label_key]
+        return [_as_text(label, i) for i in range(label.num_classes)]
 
     def fingerprint(self) -> str:
         """Name, configuration and version of the data set, the split and its number of examples."""
         return f"tfds:{self._name}:{len(self)}"
-
-
-def _flat(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("captions/text", feature) of every feature; what is within a sequence is listed as such."""
-    for key, feature in features.items():
-        inner = _inner(feature)
-        if hasattr(inner, "items"):
-            yield from _flat(inner, f"{prefix}{key}/")
-        else:
-            yield prefix + key, feature
-
-
-def _inner(feature: Any) -> Any:
-    """A sequence's feature, else the feature itself."""
-    return feature.feature if hasattr(feature, "feature") else feature
-
-
-def _kind(feature: Any) -> str:
-    return type(_inner(feature)).__name__
-
-
-def _get(record: Mapping[str, Any], key: str) -> Any:
-    for part in key.split("/"):
-        record = record[part]
-    return record
-
-
-def _is_many(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
-
-
-def _as_text(feature: Any, value: Any) -> str:
-    if hasattr(feature, "int2str"):
-        return feature.int2str(int(value)).replace("_", " ")
-    value = value.item() if isinstance(value, np.ndarray) else value
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _image(values: np.ndarray) -> Image.Image:

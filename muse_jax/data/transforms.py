@@ -95,6 +95,21 @@ def check_file_size(path: str) -> int:
     return size
 
 
+def size_fault(width: int, height: int, min_side: int = 0, max_aspect: float = 0.0) -> str:
+    """Why a picture of this size is filtered out; "" if it isn't.
+
+    Args:
+      min_side: pixels that the shorter side has at least; 0: any.
+      max_aspect: how many times as long as the shorter side the longer one is at most; 0: any.
+    """
+    short, long = sorted((width, height))
+    if short < min_side:
+        return f"shorter side below {min_side} pixels"
+    if max_aspect and long > max_aspect * short:
+        return f"aspect ratio above {max_aspect:g}"
+    return ""
+
+
 def upright(image: Image.Image) -> Image.Image:
     """The picture as its EXIF orientation says it is to be seen; as it is where there is none."""
     try:

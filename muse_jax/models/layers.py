@@ -146,22 +146,41 @@ def attend(
     v: Float[Array, "*b m h d"],
     mask: Bool[Array, "*b m"] | None = None,
     bias: Float[Array, "h n m"] | None = None,
+    implementation: str = "xla",
 ) -> Float[Array, "*b n h d"]:
     """Scaled dot-product attention, with a bias on the scores if there is one; softmax in float32.
 
     A query that sees no key at all gets zeros: with the whole text masked, cross-attention vanishes
     and "attention is then self-attention alone" (Muse, section 2.7).
+
+    Args:
+      implementation: "xla", or "cudnn", its fused kernel, which keeps scores out of a GPU's memory.
     """
+    if implementation == "cudnn":
+        out = _attend_fused(q, k, v, mask, bias)
+    else:
+        out = _attend_plainly(q, k, v, mask, bias)
+    if mask is not None:
+        out = jnp.where(jnp.any(mask, axis=-1)[..., None, None, None], out, 0)
+    return out
+
+
+def _attend_plainly(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) -> Array:
     scores = jnp.einsum("...qhd,...khd->...hqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
     if bias is not None:
         scores = scores + bias
     if mask is not None:
         scores = jnp.where(mask[..., None, None, :], scores, -1e9)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("...hqk,...khd->...qhd", weights, v)
-    if mask is not None:
-        out = jnp.where(jnp.any(mask, axis=-1)[..., None, None, None], out, 0)
-    return out
+    return jnp.einsum("...hqk,...khd->...qhd", weights, v)
+
+
+def _attend_fused(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) -> Array:
+    flat = [x.reshape(-1, *x.shape[-3:]) for x in (q, k, v)]
+    if mask is not None:  # where a query sees nothing, let it see all rather than divide by 0
+        mask = (mask | ~jnp.any(mask, axis=-1, keepdims=True)).reshape(-1, 1, 1, mask.shape[-1])
+    bias = None if bias is None else bias[None].astype(q.dtype)
+    return jax.nn.dot_product_attention(*flat, bias=bias, mask=mask, implementation="cudnn").reshape(q.shape)
 
 
 def to_blocks(x: Float[Array, "b n *r"], grid: tuple[int, int], block: tuple[int, int]) -> Float[Array, "b k p *r"]:
@@ -186,6 +205,7 @@ def multi_axis_attend(
     grid: tuple[int, int],
     block: tuple[int, int],
     biases: tuple[Float[Array, "g p p"], Float[Array, "g k k"]] | tuple[None, None] = (None, None),
+    implementation: str = "xla",
 ) -> Float[Array, "b n h d"]:
     """Multi-axis attention (HiT, Zhao et al. 2021, section 3.1).
 
@@ -194,9 +214,11 @@ def multi_axis_attend(
     """
     half = q.shape[2] // 2
     q, k, v = (to_blocks(x, grid, block) for x in (q, k, v))
-    within = attend(q[..., :half, :], k[..., :half, :], v[..., :half, :], bias=biases[0])
+    within = (x[..., :half, :] for x in (q, k, v))
     across = (x[..., half:, :].swapaxes(1, 2) for x in (q, k, v))
-    return from_blocks(jnp.concatenate([within, attend(*across, bias=biases[1]).swapaxes(1, 2)], axis=-2), grid, block)
+    within = attend(*within, bias=biases[0], implementation=implementation)
+    across = attend(*across, bias=biases[1], implementation=implementation).swapaxes(1, 2)
+    return from_blocks(jnp.concatenate([within, across], axis=-2), grid, block)
 
 
 class RelativeBias(nn.Module):
@@ -245,6 +267,7 @@ class SelfAttention(nn.Module):
     qk_norm: bool = False
     relative: bool = False
     out_scale: float = 1.0
+    implementation: str = "xla"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -256,11 +279,18 @@ class SelfAttention(nn.Module):
         if self.qk_norm:
             q, k = (RMSNorm(axes.HEAD_DIM, name=f"{n}_norm")(y) for n, y in (("query", q), ("key", k)))
         if self.block is None:
-            bias = RelativeBias(self.heads, self.grid, self.grid, name="bias")() if self.relative else None
-            out = attend(q, k, v, bias=bias)
+            bias = self._bias(x.shape[1]) if self.relative else None
+            out = attend(q, k, v, bias=bias, implementation=self.implementation)
         else:
-            out = multi_axis_attend(q, k, v, self.grid, self.block, self._multi_axis_biases())
+            biases = self._multi_axis_biases()
+            out = multi_axis_attend(q, k, v, self.grid, self.block, biases, self.implementation)
         return OutProjection(x.shape[-1], self.out_scale, self.dtype, name="out")(out)
+
+    def _bias(self, length: int) -> Float[Array, "h n n"]:
+        """Of the grid's places; tokens after them, such as a class, have no place."""
+        bias = RelativeBias(self.heads, self.grid, self.grid, name="bias")()
+        beyond = (0, length - bias.shape[-1])
+        return jnp.pad(bias, ((0, 0), beyond, beyond))
 
     def _multi_axis_biases(self) -> tuple[Any, Any]:
         if not self.relative:
@@ -282,6 +312,7 @@ class CrossAttention(nn.Module):
     qk_norm: bool = False
     grids: tuple[tuple[int, int], tuple[int, int]] | None = None
     out_scale: float = 1.0
+    implementation: str = "xla"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -299,7 +330,8 @@ class CrossAttention(nn.Module):
         if self.grids is not None:
             bias = RelativeBias(self.heads, *self.grids, name="bias")()
             bias = jnp.pad(bias, ((0, 0), (0, 0), (0, keys.shape[1] - bias.shape[-1])))
-        return OutProjection(x.shape[-1], self.out_scale, self.dtype, name="out")(attend(q, keys, values, mask, bias))
+        out = attend(q, keys, values, mask, bias, self.implementation)
+        return OutProjection(x.shape[-1], self.out_scale, self.dtype, name="out")(out)
 
 
 class MLP(nn.Module):

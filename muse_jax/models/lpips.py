@@ -18,9 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import traverse_util
 from jaxtyping import Array, Float
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from muse_jax.models import axes
 
@@ -128,15 +129,15 @@ def load_lpips(path: str | os.PathLike[str]) -> dict[str, Any]:
       ValueError: a tensor is missing, unknown, or of the wrong shape, or has values that LPIPS
         cannot have; the message names it.
     """
-    path = os.fspath(path)
-    if os.path.isdir(path):
-        path = os.path.join(path, "params.safetensors")
-    if not os.path.isfile(path):
+    file, path = epath.Path(path), os.fspath(path)
+    if file.is_dir():
+        file, path = file / "params.safetensors", os.path.join(path, "params.safetensors")
+    if not file.is_file():
         raise FileNotFoundError(
             f"There is no LPIPS weights file {path!r}. Give a file or a folder that import_weights wrote, or train "
             "without the perceptual loss."
         )
-    tensors = {name: np.asarray(value, np.float32) for name, value in load_file(path).items()}
+    tensors = {name: np.asarray(value, np.float32) for name, value in load(file.read_bytes()).items()}
     shapes = parameter_shapes()
     if missing := sorted(shapes.keys() - tensors.keys()):
         raise ValueError(f"LPIPS weights {path!r} lack {', '.join(missing)}.")

@@ -75,6 +75,7 @@ class TokenTransformer(nn.Module):
             relative=s.relative_positions,
             remat=s.remat,
             unroll=s.unroll,
+            implementation=s.attention,
             dtype=dtype,
         )
         self.text_encoder = t5.from_spec(s.text, dtype=dtype, remat=s.remat, unroll=s.unroll)

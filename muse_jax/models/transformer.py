@@ -62,6 +62,7 @@ class Layer(nn.Module):
     qk_norm: bool = False
     relative: bool = False
     memory_grid: tuple[int, int] | None = None  # of the memory's first tokens, if they have places
+    implementation: str = "xla"  # of attention; see layers.attend
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -74,15 +75,13 @@ class Layer(nn.Module):
         def residual(y):
             return nn.Dropout(self.dropout, broadcast_dims=(1,))(y, deterministic) if self.dropout else y
 
-        attention = layers.SelfAttention(
-            self.heads, self.grid, self.block, self.qk_norm, self.relative, scale, self.dtype, name="self_attention"
-        )
+        places = (self.grid, self.block)
+        how = (scale, self.implementation, self.dtype)
+        attention = layers.SelfAttention(self.heads, *places, self.qk_norm, self.relative, *how, name="self_attention")
         x = x + residual(attention(layers.RMSNorm(name="self_norm")(x)))
         if self.cross:
             grids = (self.grid, self.memory_grid) if self.relative and self.memory_grid else None
-            attention = layers.CrossAttention(
-                self.heads, self.qk_norm, grids, scale, self.dtype, name="cross_attention"
-            )
+            attention = layers.CrossAttention(self.heads, self.qk_norm, grids, *how, name="cross_attention")
             x = x + residual(attention(layers.RMSNorm(name="cross_norm")(x), keys, values, mask))
         mlp = layers.MLP(self.mlp_width, scale, self.dtype, name="mlp")
         return x + residual(mlp(layers.RMSNorm(name="mlp_norm")(x))), None
@@ -102,6 +101,7 @@ class Stack(nn.Module):
     memory_grid: tuple[int, int] | None = None
     remat: str = "none"
     unroll: int = 1
+    implementation: str = "xla"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -128,6 +128,7 @@ class Stack(nn.Module):
             qk_norm=self.qk_norm,
             relative=self.relative,
             memory_grid=self.memory_grid,
+            implementation=self.implementation,
             dtype=self.dtype,
             name="layers",
         )

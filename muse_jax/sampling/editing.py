@@ -14,7 +14,7 @@ from PIL import Image
 
 from muse_jax.sampling import sampler, selection
 from muse_jax.sampling.output import MuseOutput
-from muse_jax.sampling.requests import Requests, Some, make_requests
+from muse_jax.sampling.requests import Requests, Some
 
 # Muse, section 3.3.2: 100 times a random 8%, guidance 4 (here 5, see `guidance`), the 3 likeliest codes.
 ITERATIONS, SHARE = 100, 0.08
@@ -41,12 +41,10 @@ class Canvas:
 
 @dataclasses.dataclass
 class Tokens:
-    """The tokens of canvases at both resolutions, and which places are open; changed in place window by window."""
+    """The tokens of canvases at one resolution, and which places are open; changed in place window by window."""
 
-    low: Int[np.ndarray, "n r c"]
-    high: Int[np.ndarray, "n r2 c2"]
-    low_open: Bool[np.ndarray, "n r c"]
-    high_open: Bool[np.ndarray, "n r2 c2"]
+    ids: Int[np.ndarray, "n r c"]
+    open: Bool[np.ndarray, "n r c"]
 
 
 class Editing:
@@ -73,7 +71,7 @@ class Editing:
         history: bool = False,
         **settings: Any,
     ) -> MuseOutput:
-        """Paints the masked part of a picture anew, at both resolutions (section 3.3.1).
+        """Paints the masked part of a picture anew, at all resolutions (section 3.3.1).
 
         Args:
           image: see `Editing`.
@@ -86,7 +84,7 @@ class Editing:
           ValueError, TypeError: naming the argument, before anything is compiled.
         """
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
-        requests = make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
+        requests = self._requests(prompt, negative_prompt, num_images_per_prompt, seed)
         size = self.image_size
         images, boxes = _open_images(image, requests), _listed(mask_image, requests, "mask_image")
         masks = [_mask(box, picture) for box, picture in zip(boxes, images, strict=True)]
@@ -126,7 +124,7 @@ class Editing:
           left, top, right, bottom: pixels to add, multiples of `cell` (a low-resolution token's side).
         """
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
-        requests = make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
+        requests = self._requests(prompt, negative_prompt, num_images_per_prompt, seed)
         amounts = dict(zip(SIDES, (left, top, right, bottom), strict=True))
         for side, amount in amounts.items():
             if isinstance(amount, bool) or not isinstance(amount, int | np.integer) or amount < 0:
@@ -178,7 +176,7 @@ class Editing:
             raise ValueError(f"share is {share}; expected more than 0 and at most 1.")
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         given = EDIT | {name: value for name, value in given.items() if value is not None}
-        requests = make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
+        requests = self._requests(prompt, negative_prompt, num_images_per_prompt, seed)
         images = _open_images(image, requests)
         masks = [
             Image.new("L", picture.size, 255) if box is None else _mask(box, picture)
@@ -189,16 +187,14 @@ class Editing:
             np.stack([_square(mask, self.image_size)[..., 0] > 127 for mask in masks]),
         ).repeated(requests.images_per_prompt)
         tokens = self._tokens(canvas)
-        start = tokens.low.reshape(len(requests), -1).copy()
-        editable = tokens.low_open.reshape(start.shape)
+        start = tokens["base"].ids.reshape(len(requests), -1).copy()
+        editable = tokens["base"].open.reshape(start.shape)
         for row, places, number in zip(start, editable, requests.seeds, strict=True):
             open_places = np.flatnonzero(places)
             chosen = np.random.default_rng(number).permutation(open_places)[: int(np.ceil(share * len(open_places)))]
             row[chosen] = self.mask_ids["base"]
-        loops = {
-            "base": Loop(start, known=~editable, rule=selection.anywhere, keep_count=True),
-            "superres": Loop(_masked(tokens.high, tokens.high_open, self.mask_ids["superres"])),
-        }
+        loops = {name: Loop(_masked(grid.ids, grid.open, self.mask_ids[name])) for name, grid in tokens.items()}
+        loops["base"] = Loop(start, known=~editable, rule=selection.anywhere, keep_count=True)
         return self._call(requests, given, output_type, history, loops)
 
     # ----------------------------------------------------------------------------------- parts
@@ -210,41 +206,46 @@ class Editing:
         tokens = self._tokens(canvas)
         originals = self._originals(canvas, tokens) if blend else None
         output: Any = None
-        for number, (row, column) in enumerate(self._windows(tokens)):
-            low, high = (self._window(grid, row, column) for grid in ("low", "high"))
+        last = tokens[self.token_stages[-1]]
+        for number, (row, column) in enumerate(self._windows(tokens["base"])):
+            windows = {name: self._window(name, row, column) for name in tokens}
             loops = {
-                "base": Loop(_masked(tokens.low[low], tokens.low_open[low], self.mask_ids["base"])),
-                "superres": Loop(_masked(tokens.high[high], tokens.high_open[high], self.mask_ids["superres"])),
+                name: Loop(_masked(grid.ids[windows[name]], grid.open[windows[name]], self.mask_ids[name]))
+                for name, grid in tokens.items()
             }
             here = dataclasses.replace(requests, seeds=tuple(_another(seed, number) for seed in requests.seeds))
             output = self._call(here, given, output_type, history, loops)
-            tokens.low[low], tokens.high[high] = output.low_tokens, output.tokens
-            tokens.low_open[low] = tokens.high_open[high] = False
+            for name, made in (("base", output.low_tokens), (self.token_stages[-1], output.tokens)):
+                tokens[name].ids[windows[name]] = made
+                tokens[name].open[windows[name]] = False
         return dataclasses.replace(
-            output, seeds=requests.seeds, tokens=tokens.high, low_tokens=tokens.low, originals=originals
+            output, seeds=requests.seeds, tokens=last.ids, low_tokens=tokens["base"].ids, originals=originals
         )
 
-    def _tokens(self, canvas: Canvas) -> Tokens:
-        low = self.encode("tokenizer_low", decimated(canvas.images, self.image_size // self.low_image_size))
-        high = self.encode("tokenizer_high", canvas.images)
-        return Tokens(low, high, touched(canvas.repaint, low.shape[1:]), touched(canvas.repaint, high.shape[1:]))
+    def _tokens(self, canvas: Canvas) -> dict[str, Tokens]:
+        """{stage with a decode loop: the canvases' tokens at its resolution}."""
+        small = decimated(canvas.images, self.image_size // self.low_image_size)
+        ids = {"base": self.encode("tokenizer_low", small)}
+        if "superres" in self.token_stages:
+            ids["superres"] = self.encode("tokenizer_high", canvas.images)
+        return {name: Tokens(grid, touched(canvas.repaint, grid.shape[1:])) for name, grid in ids.items()}
 
-    def _originals(self, canvas: Canvas, tokens: Tokens) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def _originals(self, canvas: Canvas, tokens: Mapping[str, Tokens]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """{stage that decodes: (pictures, which pixels are repainted)}; pixels follow the tokens that were open."""
-        high = canvas.images, _stretched(tokens.high_open, canvas.images.shape[1:3])
+        high = canvas.images, _stretched(tokens[self.token_stages[-1]].open, canvas.images.shape[1:3])
         small = decimated(canvas.images, self.image_size // self.low_image_size)
         small = np.clip(np.round(small), 0, 255).astype(np.uint8)
-        low = small, _stretched(tokens.low_open, small.shape[1:3])
+        low = small, _stretched(tokens["base"].open, small.shape[1:3])
         return {"tokenizer_low": low, "tokenizer_high": high, "decoder": high}
 
     def _windows(self, tokens: Tokens) -> Iterator[tuple[int, int]]:
         """Top left corners, in low-resolution tokens, of windows that move outward from what is known."""
-        side = self.low_grid
-        height, width = tokens.low.shape[1:]
+        side = self.grid("base")
+        height, width = tokens.ids.shape[1:]
         if (height, width) == side:
             yield 0, 0
             return
-        known = ~tokens.low_open.any(axis=0)
+        known = ~tokens.open.any(axis=0)
         rows, columns = (np.flatnonzero(known.any(axis=axis)).tolist() for axis in (1, 0))
         for row in _sweep(rows[0], rows[-1] + 1, side[0]):
             for column in _outward(columns[0], columns[-1] + 1, width, side[1]):
@@ -253,11 +254,9 @@ class Editing:
             for column in _sweep(0, width, side[1]):
                 yield row, column
 
-    def _window(self, grid: str, row: int, column: int) -> tuple[slice, slice, slice]:
-        low, high = self.low_grid, self.high_grid
-        scale = (1, 1) if grid == "low" else (high[0] // low[0], high[1] // low[1])
-        sides = low if grid == "low" else high
-        starts = (row * scale[0], column * scale[1])
+    def _window(self, stage: str, row: int, column: int) -> tuple[slice, slice, slice]:
+        sides = self.grid(stage)
+        starts = (at * side // low for at, side, low in zip((row, column), sides, self.grid("base"), strict=True))
         return (slice(None), *(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))
 
 
@@ -268,13 +267,13 @@ class Loop:
     Attributes:
       start: tokens [n, places], the mask id where there is something to fill in.
       known: places that never change; None: those that aren't masked.
-      rule: the selection rule.
+      rule: the selection rule; None: the plan's.
       keep_count: as many places are masked after each step as at the start, none after the last one.
     """
 
     start: Int[np.ndarray, "n places"]
     known: Bool[np.ndarray, "n places"] | None = None
-    rule: sampler.Select = selection.most_confident
+    rule: sampler.Select | None = None
     keep_count: bool = False
 
     def plan(self, plan: sampler.Plan) -> sampler.Plan:

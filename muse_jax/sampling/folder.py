@@ -11,14 +11,15 @@ from muse_jax import specs
 
 FORMAT = 1
 FILE = "pipeline.json"
-NEEDED = ("tokenizer_low", "tokenizer_high", "base", "superres")
-STAGES = (*NEEDED, "decoder")  # without the fine-tuned decoder, tokenizer_high's own is used
+NEEDED = ("tokenizer_low", "base")
+HIGH = ("tokenizer_high", "superres")  # both, or neither: then pictures have one resolution, the base model's
+STAGES = ("tokenizer_low", "tokenizer_high", "base", "superres", "decoder")  # in the order of training
 MODELS = {
-    "tokenizer_low": specs.VQGANSpec,
-    "tokenizer_high": specs.VQGANSpec,
-    "base": specs.BaseSpec,
-    "superres": specs.SuperResSpec,
-    "decoder": specs.VQGANSpec,
+    "tokenizer_low": (specs.VQGANSpec,),
+    "tokenizer_high": (specs.VQGANSpec,),
+    "base": (specs.BaseSpec, specs.MaskGITSpec),
+    "superres": (specs.SuperResSpec,),
+    "decoder": (specs.VQGANSpec,),  # fine-tuned; without it the finest tokenizer's own is used
 }
 
 
@@ -103,26 +104,40 @@ def check(stages: Mapping[str, specs.Spec]) -> None:
     _check_names(stages, "the pipeline")
     for name, spec in stages.items():
         if not isinstance(spec.model, MODELS[name]):
+            expected = " or ".join(model.__name__.removesuffix("Spec") for model in MODELS[name])
             raise PipelineError(
                 f"{name} is a {type(spec.model).__name__.removesuffix('Spec')} model; "
-                f"expected {MODELS[name].__name__.removesuffix('Spec')}. Name the folder of the {name} stage."
+                f"expected {expected}. Name the folder of the {name} stage."
             )
-    low, high, base, superres = (stages[name].model for name in NEEDED)
+    low, base = (stages[name].model for name in NEEDED)
     _same("base", "codes", base.codebook_size, "tokenizer_low", low.codebook_size)
-    _same("superres", "codes", superres.codebook_size, "tokenizer_high", high.codebook_size)
-    _same("superres", "low-resolution codes", superres.low_codebook_size, "base", base.codebook_size)
-    _same("superres", "low-resolution tokens", superres.low_grid, "base", base.grid)
+    if "superres" in stages:
+        high, superres = (stages[name].model for name in HIGH)
+        _same("superres", "codes", superres.codebook_size, "tokenizer_high", high.codebook_size)
+        _same("superres", "low-resolution codes", superres.low_codebook_size, "base", base.codebook_size)
+        _same("superres", "low-resolution tokens", superres.low_grid, "base", base.grid)
     if "decoder" in stages:
-        decoder = stages["decoder"].model
-        _same("decoder", "codes", decoder.codebook_size, "tokenizer_high", high.codebook_size)
-        _same("decoder", "dimensions a code", decoder.code_dim, "tokenizer_high", high.code_dim)
-        _same("decoder", "pixels a token", decoder.factor, "tokenizer_high", high.factor)
+        decoder, name = stages["decoder"].model, finest(stages)
+        tokenizer = stages[name].model
+        _same("decoder", "codes", decoder.codebook_size, name, tokenizer.codebook_size)
+        _same("decoder", "dimensions a code", decoder.code_dim, name, tokenizer.code_dim)
+        _same("decoder", "pixels a token", decoder.factor, name, tokenizer.factor)
+
+
+def finest(stages: Mapping[str, Any]) -> str:
+    """The tokenizer of the pictures that a pipeline makes in the end."""
+    return "tokenizer_high" if "superres" in stages else "tokenizer_low"
+
+
+def needed(stages: Mapping[str, Any]) -> tuple[str, ...]:
+    """The stages that a pipeline of these needs: with one of the high resolution's, both."""
+    return (*NEEDED, *HIGH) if any(name in stages for name in HIGH) else NEEDED
 
 
 def _check_names(stages: Mapping[str, Any], owner: str) -> None:
-    missing = [name for name in NEEDED if name not in stages]
+    missing = [name for name in needed(stages) if name not in stages]
     if missing:
-        raise PipelineError(f"{owner} lacks the stage {' and '.join(missing)}; it needs {', '.join(NEEDED)}.")
+        raise PipelineError(f"{owner} lacks the stage {' and '.join(missing)}; it needs {', '.join(needed(stages))}.")
     strange = [name for name in stages if name not in STAGES]
     if strange:
         raise PipelineError(f"{owner} has a stage {strange[0]!r}; expected {', '.join(STAGES)}.")

@@ -24,9 +24,9 @@ class MuseOutput:
 
     Attributes:
       prompts, seeds: of each picture.
-      tokens: high-resolution token ids, int32 [n, rows, columns].
+      tokens: token ids of the pictures, int32 [n, rows, columns]; of the high resolution if the pipeline has one.
       low_tokens: low-resolution token ids.
-      settings: of both decode loops, as JSON values.
+      settings: of the decode loops, as JSON values.
     """
 
     prompts: tuple[str, ...]
@@ -37,6 +37,7 @@ class MuseOutput:
     output_type: str
     decode: Callable[[str, np.ndarray], np.ndarray] = dataclasses.field(repr=False)  # (stage, tokens) -> uint8 images
     best: str = "tokenizer_high"  # the stage whose decoder makes `images`
+    finest: str = "tokenizer_high"  # the tokenizer of `tokens`
     steps: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = dataclasses.field(default=None, repr=False)
     # {stage: (uint8 [n, h, w, 3], bool [n, h, w])}: pictures whose pixels stay but where the mask is True
     originals: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = dataclasses.field(default=None, repr=False)
@@ -48,8 +49,8 @@ class MuseOutput:
 
     @functools.cached_property
     def high_images(self) -> Any:
-        """The same tokens from the high-resolution tokenizer's own decoder."""
-        return self._pictures("tokenizer_high", self.tokens)
+        """The same tokens from the decoder of the tokenizer itself."""
+        return self._pictures(self.finest, self.tokens)
 
     @functools.cached_property
     def low_images(self) -> Any:
@@ -57,17 +58,18 @@ class MuseOutput:
         return self._pictures("tokenizer_low", self.low_tokens)
 
     def decoding(self, index: int = 0) -> dict[str, Frames]:
-        """How picture `index` filled in: {"base": ..., "superres": ...}.
+        """How picture `index` filled in: {"base": ..., "superres": ...}, without the latter if there is none.
 
         Raises:
           ValueError: if the pipeline was called without history=True.
         """
         if self.steps is None:
             raise ValueError("The steps were not kept; call the pipeline with history=True.")
-        stages = {"base": "tokenizer_low", "superres": self.best}
+        last = list(self.steps)[-1]
         frames = {}
-        for name, stage in stages.items():
-            predicted, masked = (steps[:, index] for steps in self.steps[name])
+        for name, kept in self.steps.items():
+            stage = self.best if name == last else "tokenizer_low"
+            predicted, masked = (steps[:, index] for steps in kept)
             frames[name] = Frames(self.decode(stage, predicted), masked)
         return frames
 

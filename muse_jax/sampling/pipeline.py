@@ -1,4 +1,4 @@
-"""`MusePipeline`: from a prompt to a picture. The one place that puts models and decode loops together."""
+"""`MusePipeline`: from a prompt or a class to a picture. The one place that puts models and decode loops together."""
 
 import dataclasses
 import importlib.resources
@@ -18,7 +18,7 @@ from flax.core import meta
 from safetensors import numpy as safetensors
 
 from muse_jax import specs
-from muse_jax.models import muse, vqgan
+from muse_jax.models import predictors, vqgan
 from muse_jax.sampling import editing, guidance, sampler
 from muse_jax.sampling import folder as pipeline_folder
 from muse_jax.sampling.folder import PipelineError
@@ -27,18 +27,26 @@ from muse_jax.sampling.requests import Requests, Some, make_requests
 from muse_jax.text import vocabulary
 from muse_jax.training import checkpoint
 
-TOKEN_STAGES = ("base", "superres")  # in the order of decoding; the place in it is the stream of their randomness
+STREAMS = {"base": 0, "superres": 1}  # of the stages' randomness
 PER_PICTURE = ("guidance_scale", "token_temperature", "choice_temperature", "top_p")  # numbers; lists are welcome
-PER_CALL = ("num_inference_steps", "schedule", "guidance_ramp", "top_k")
+PER_CALL = (
+    *("num_inference_steps", "schedule", "guidance_ramp", "guidance_power", "guidance_start", "guidance_end"),
+    *("top_k", "selection_rule", "remasking"),
+)
 
 
 class MusePipeline(editing.Editing):
     """Every stage from prompt to picture, and the sampler settings they are meant to be used with.
 
+    With "superres" and "tokenizer_high" among the stages pictures have a low and a high resolution, without
+    them one. If "base" is conditioned on classes (MaskGIT), a prompt is the name of one, or its number.
+
     Calls may come from several threads. What has been compiled for a batch shape and a number of
     steps serves all prompts, seeds, guidance values, temperatures and schedules.
 
     Attributes:
+      token_stages: names of the stages with a decode loop, in their order.
+      classes: the names of the classes, of which the places are their numbers; () if prompts are texts.
       stages: name -> the loaded stage; parameters are float32 NumPy arrays, named as its model names them.
       manifest: of the pipeline's making.
       max_batch_size: pictures made at a time; a longer list is made in pieces.
@@ -54,10 +62,12 @@ class MusePipeline(editing.Editing):
         self.stages = {n: _checked(n, stages[n]) for n in pipeline_folder.STAGES if n in stages}
         self.manifest = dict(manifest or {})
         self.max_batch_size = max_batch_size
-        self._vocabularies = {name: _vocabulary(name, stages[name]) for name in TOKEN_STAGES}
+        self.token_stages = tuple(name for name in STREAMS if name in stages)
+        self._vocabularies = {name: _vocabulary(name, stages[name]) for name in self.token_stages}
+        self.classes = getattr(self._vocabularies["base"], "names", ())
         self._params = {name: jax.device_put(stage.params) for name, stage in self.stages.items()}
         if "decoder" in self.stages:
-            _check_codebooks(self._params["decoder"], self._params["tokenizer_high"], stages["tokenizer_high"].path)
+            _check_codebooks(self._params["decoder"], self._params[self.finest], stages[self.finest].path)
 
     # ------------------------------------------------------------------------------- folders
 
@@ -87,8 +97,8 @@ class MusePipeline(editing.Editing):
 
         Args:
           out: the folder to write, whole or not at all.
-          stages: name ("tokenizer_low", "tokenizer_high", "base", "superres" and, if there is one,
-            "decoder") -> stage folder.
+          stages: name ("tokenizer_low", "base", with a high resolution "tokenizer_high" and "superres",
+            and, if there is one, "decoder") -> stage folder.
           manifest: of its making: command, seed, versions, figures.
           dtype: as in `save`.
         """
@@ -114,7 +124,7 @@ class MusePipeline(editing.Editing):
 
     def __call__(
         self,
-        prompt: Some,
+        prompt: Some = None,
         negative_prompt: Some = None,
         guidance_scale: Some = None,
         num_inference_steps: Any = None,
@@ -122,6 +132,7 @@ class MusePipeline(editing.Editing):
         seed: Some = 0,
         output_type: str = "pil",
         *,
+        class_label: Some = None,
         history: bool = False,
         **settings: Any,
     ) -> MuseOutput:
@@ -130,7 +141,7 @@ class MusePipeline(editing.Editing):
         The picture of a prompt and a seed does not depend on what else is in the call.
 
         Args:
-          prompt: one or a list; '' is a picture of anything.
+          prompt: one or a list; '' is a picture of anything. With classes, a class's name or number.
           negative_prompt: what to move away from, instead of from pictures in general; one, or one
             a prompt. It has no effect without guidance.
           guidance_scale: s in logits = u + s (c - u), of the base model; 1 is off.
@@ -138,17 +149,44 @@ class MusePipeline(editing.Editing):
           num_images_per_prompt: with seeds seed, seed + 1, ...
           seed: from 0 to 2^32 - 1; one, or one a prompt or a picture.
           output_type: "pil", "np" (float32 in [0, 1]), "uint8" or "latent" (token ids).
+          class_label: another word for the prompt of a pipeline with classes.
           history: keep the steps, for `MuseOutput.decoding`.
-          **settings: token_temperature, choice_temperature, top_k, top_p, schedule and
-            guidance_ramp of the base model; and all of these, guidance_scale and
-            num_inference_steps too, with the prefix superres_ for super-resolution.
+          **settings: of the base model, those of `PER_PICTURE` and `PER_CALL` as `sampler.make_plan`
+            describes them; and all of them, guidance_scale and num_inference_steps too, with the prefix
+            superres_ for super-resolution.
 
         Raises:
           ValueError, TypeError: naming the argument, before anything is compiled.
         """
-        requests = make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
+        if (prompt is None) == (class_label is None):
+            raise ValueError("give a prompt" + (" or a class_label, not both." if self.classes else "."))
+        if class_label is not None and not self.classes:
+            raise ValueError("class_label is given, but this pipeline's model is conditioned on text; give a prompt.")
+        prompt = class_label if prompt is None else prompt
+        requests = self._requests(prompt, negative_prompt, num_images_per_prompt, seed)
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         return self._call(requests, given, output_type, history)
+
+    def _requests(self, prompt: Some, negative_prompt: Some, num_images_per_prompt: Any, seed: Some) -> Requests:
+        """See `make_requests`; here numbers of classes become names, and names as the model has them."""
+        if self.classes:
+            prompt, negative_prompt = (self._class_names(value) for value in (prompt, negative_prompt))
+        return make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
+
+    def class_name(self, label: str | int) -> str:
+        """The name of a class from its name, written in any way, or its number; '' is no class.
+
+        Raises:
+          ValueError: if there is no such class; names those that there are.
+        """
+        if isinstance(label, str) and label.strip().isdecimal() and label.strip() not in self.classes:
+            label = int(label)
+        return self._vocabularies["base"].name(label)
+
+    def _class_names(self, value: Some) -> Some:
+        if isinstance(value, str | int | np.integer) and not isinstance(value, bool):
+            return self.class_name(value)
+        return [self._class_names(one) for one in value] if isinstance(value, list | tuple | np.ndarray) else value
 
     def _call(
         self,
@@ -158,30 +196,31 @@ class MusePipeline(editing.Editing):
         history: bool,
         loops: Mapping[str, editing.Loop] | None = None,
     ) -> MuseOutput:
-        """Both decode loops, of empty canvases or of what `loops` holds for each stage."""
+        """The decode loops, of empty canvases or of what `loops` holds for each stage."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(map(repr, OUTPUT_TYPES))}.")
         resolved = self._settings(given, requests)
         self._warn(requests, resolved)
         if loops is None:
-            grids = {name: np.prod(self.stages[name].spec.model.grid) for name in TOKEN_STAGES}
-            starts = {n: np.full((len(requests), grids[n]), self.mask_ids[n], np.int32) for n in TOKEN_STAGES}
+            places = {name: np.prod(self.grid(name)) for name in self.token_stages}
+            starts = {name: np.full((len(requests), n), self.mask_ids[name], np.int32) for name, n in places.items()}
             loops = {name: editing.Loop(start) for name, start in starts.items()}
         pieces = [
             self._make(requests, resolved, loops, slice(start, start + self.max_batch_size), history)
             for start in range(0, len(requests), self.max_batch_size)
         ]
-        low, high = (np.concatenate([piece[name][0] for piece in pieces]) for name in TOKEN_STAGES)
-        steps = {name: _joined([piece[name][1] for piece in pieces]) for name in TOKEN_STAGES} if history else None
+        tokens = [np.concatenate([piece[name][0] for piece in pieces]) for name in self.token_stages]
+        steps = {n: _joined([piece[n][1] for piece in pieces]) for n in self.token_stages} if history else None
         return MuseOutput(
             prompts=requests.prompts,
             seeds=requests.seeds,
-            tokens=high,
-            low_tokens=low,
-            settings={name: _plain(resolved[name]) for name in TOKEN_STAGES},
+            tokens=tokens[-1],
+            low_tokens=tokens[0],
+            settings={name: _plain(resolved[name]) for name in self.token_stages},
             output_type=output_type,
             decode=self.decode_tokens,
-            best="decoder" if "decoder" in self.stages else "tokenizer_high",
+            best="decoder" if "decoder" in self.stages else self.finest,
+            finest=self.finest,
             steps=steps,
         )
 
@@ -222,39 +261,40 @@ class MusePipeline(editing.Editing):
     @property
     def mask_ids(self) -> dict[str, int]:
         """{stage: what a masked token is}."""
-        return {name: self.stages[name].spec.model.codebook_size for name in TOKEN_STAGES}
+        return {name: self.stages[name].spec.model.codebook_size for name in self.token_stages}
 
     @property
-    def low_grid(self) -> tuple[int, int]:
-        """Rows and columns of low-resolution tokens."""
-        return tuple(self.stages["base"].spec.model.grid)
+    def finest(self) -> str:
+        """The tokenizer of the pictures that are made in the end."""
+        return pipeline_folder.finest(self.stages)
 
-    @property
-    def high_grid(self) -> tuple[int, int]:
-        """Rows and columns of high-resolution tokens."""
-        return tuple(self.stages["superres"].spec.model.grid)
+    def grid(self, stage: str) -> tuple[int, int]:
+        """Rows and columns of a token stage's tokens."""
+        return tuple(self.stages[stage].spec.model.grid)
 
     @property
     def image_size(self) -> int:
         """Side of the pictures in pixels."""
-        return self.high_grid[0] * self.stages["tokenizer_high"].spec.model.factor
+        return self.grid(self.token_stages[-1])[0] * self.stages[self.finest].spec.model.factor
 
     @property
     def low_image_size(self) -> int:
         """Side of the low-resolution pictures in pixels."""
-        return self.low_grid[0] * self.stages["tokenizer_low"].spec.model.factor
+        return self.grid("base")[0] * self.stages["tokenizer_low"].spec.model.factor
 
     @property
     def cell(self) -> int:
         """Pixels of a picture that one low-resolution token stands for, along a side."""
-        return self.image_size // self.low_grid[0]
+        return self.image_size // self.grid("base")[0]
 
     def _settings(self, given: Mapping[str, Any], requests: Requests) -> dict[str, dict[str, Any]]:
         """{stage: {setting: value}}: what was given, else the stage's own; numbers one a picture."""
-        resolved = {name: dataclasses.asdict(self.stages[name].spec.sample) for name in TOKEN_STAGES}
+        resolved = {name: dataclasses.asdict(self.stages[name].spec.sample) for name in self.token_stages}
         for key, value in given.items():
             stage = "superres" if key.startswith("superres_") else "base"
             name = key.removeprefix("superres_")
+            if stage not in resolved:
+                raise TypeError(f"{key} is given, but this pipeline has no super-resolution; leave it out.")
             if name not in resolved[stage]:
                 raise TypeError(
                     f"MusePipeline has no setting {key!r}; expected one of {', '.join((*PER_PICTURE, *PER_CALL))}, "
@@ -267,7 +307,7 @@ class MusePipeline(editing.Editing):
             ):
                 raise TypeError(f"{key} is {value!r}; expected a whole number.")
             resolved[stage][name] = value
-        for stage in TOKEN_STAGES:
+        for stage in self.token_stages:
             prefix = "superres_" if stage == "superres" else ""
             for name in PER_PICTURE:
                 resolved[stage][name] = requests.spread(prefix + name, resolved[stage][name])
@@ -275,9 +315,9 @@ class MusePipeline(editing.Editing):
         return resolved
 
     def _plan(self, stage: str, settings: Mapping[str, Any]) -> sampler.Plan:
-        rows, columns = self.stages[stage].spec.model.grid
+        rows, columns = self.grid(stage)
         try:
-            return sampler.make_plan(tokens=rows * columns, **settings)
+            return sampler.make_plan(tokens=rows * columns, grid=(rows, columns), **settings)
         except ValueError as error:
             raise ValueError(f"{stage}: {error}") from None
 
@@ -287,7 +327,8 @@ class MusePipeline(editing.Editing):
         if unknown:
             words = ", ".join(map(repr, unknown))
             warnings.warn(f"The model has never seen these words and cannot draw them: {words}.", stacklevel=3)
-        if any(requests.negative_prompts) and not any(np.any(resolved[n]["guidance_scale"] != 1) for n in TOKEN_STAGES):
+        scales = [settings["guidance_scale"] for settings in resolved.values()]
+        if any(requests.negative_prompts) and not any(np.any(scale != 1) for scale in scales):
             warnings.warn("negative_prompt has no effect at guidance_scale=1; use a larger one.", stacklevel=3)
 
     def _make(
@@ -303,13 +344,13 @@ class MusePipeline(editing.Editing):
         bucket = self._bucket(count)
         seeds = _padded(np.asarray(requests.seeds[piece], np.uint32), bucket)
         made, low = {}, None
-        for stream, name in enumerate(TOKEN_STAGES):
+        for name in self.token_stages:
             model = self.stages[name].spec.model
             own = {k: _padded(v[piece], bucket) if k in PER_PICTURE else v for k, v in resolved[name].items()}
             # Of the whole call, not of the piece: a last piece without guidance needs no program of its own.
             guided = bool(np.any(resolved[name]["guidance_scale"] != 1))
             texts = [requests.prompts[piece], requests.negative_prompts[piece]][: 1 + guided]
-            length = self.stages[name].spec.data.text_length
+            length = self.stages[name].spec.condition_length
             encoded = [self._vocabularies[name].encode_batch(text, length) for text in texts]
             ids, mask = (np.concatenate([_padded(text[i], bucket) for text in encoded]) for i in range(2))
             loop = loops[name]
@@ -326,7 +367,7 @@ class MusePipeline(editing.Editing):
                 loop.plan(self._plan(name, own)),
                 spec=model,
                 rule=loop.rule,
-                stream=stream,
+                stream=STREAMS[name],
                 guided=guided,
                 history=history,
             )
@@ -371,13 +412,13 @@ def _fill(
     plan,
     *,
     spec,
-    rule: sampler.Select,
+    rule: sampler.Select | None,
     stream: int,
     guided: bool,
     history: bool,
 ):
     """Fills in the masked ones of a stage's tokens. With guidance the texts are [prompts; negative prompts]."""
-    apply = partial(muse.TokenTransformer(spec).apply, {"params": params})
+    apply = partial(predictors.from_spec(spec).apply, {"params": params})
     if low_tokens is not None and guided:
         low_tokens = jnp.concatenate([low_tokens, low_tokens])
     embeddings = apply(text_ids, text_mask, method="encode_text")
@@ -415,13 +456,16 @@ def _joined(pieces: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
 
 
 def _model(spec: Any) -> Any:
-    return vqgan.VQGAN(spec) if isinstance(spec, specs.VQGANSpec) else muse.TokenTransformer(spec)
+    return vqgan.VQGAN(spec) if isinstance(spec, specs.VQGANSpec) else predictors.from_spec(spec)
 
 
 def _vocabulary(name: str, stage: checkpoint.Stage) -> vocabulary.Vocabulary:
     if stage.vocabulary is None:
         raise PipelineError(f"{name} ({stage.path}) has no vocabulary.json; write this stage again.")
     words = vocabulary.from_json(stage.vocabulary)
+    if isinstance(words, vocabulary.ClassVocabulary):
+        _check_classes(name, stage, words)
+        return words
     expected = stage.spec.model.text.vocabulary_size
     if isinstance(words, vocabulary.WordVocabulary) and words.size > expected:  # others' sizes take long to know
         raise PipelineError(
@@ -429,6 +473,15 @@ def _vocabulary(name: str, stage: checkpoint.Stage) -> vocabulary.Vocabulary:
             "use the vocabulary it was trained with."
         )
     return words
+
+
+def _check_classes(name: str, stage: checkpoint.Stage, words: vocabulary.ClassVocabulary) -> None:
+    found = getattr(stage.spec.model, "classes", 0)
+    if len(words.names) != found:
+        raise PipelineError(
+            f"{name} ({stage.path}) has names of {len(words.names)} classes, but its model knows {found}; "
+            "use the vocabulary.json that it was trained with."
+        )
 
 
 def _checked(name: str, stage: checkpoint.Stage) -> checkpoint.Stage:
@@ -460,7 +513,7 @@ def _text_encoder(name: str, stage: checkpoint.Stage) -> Any:
 def _check_codebooks(decoder: Any, tokenizer: Any, path: str) -> None:
     if not np.array_equal(decoder["quantizer"]["codebook"], tokenizer["quantizer"]["codebook"]):
         raise PipelineError(
-            "decoder and tokenizer_high have different codebooks, so the decoder was fine-tuned from another "
+            "decoder and the tokenizer have different codebooks, so the decoder was fine-tuned from another "
             f"tokenizer; fine-tune it from {path}, or leave it out."
         )
 
@@ -476,7 +529,7 @@ def _shapes(spec: specs.Spec) -> Any:
         args = [jnp.zeros((1, spec.model.factor, spec.model.factor, 3))]
     else:
         places = spec.model.grid[0] * spec.model.grid[1]
-        text = jnp.zeros((1, spec.data.text_length), jnp.int32)
+        text = jnp.zeros((1, spec.condition_length), jnp.int32)
         args = [jnp.zeros((1, places), jnp.int32), text, text > 0]
         if isinstance(spec.model, specs.SuperResSpec):
             args.append(jnp.zeros((1, spec.model.low_grid[0] * spec.model.low_grid[1]), jnp.int32))

@@ -31,19 +31,20 @@ class Step(NamedTuple):
     token_temperature: Any
     choice_temperature: Any
     top_p: Any
+    remasking: Any
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["still_masked", "guidance", "token_temperature", "choice_temperature", "top_p"],
-    meta_fields=["top_k", "nucleus"],
+    data_fields=["still_masked", "guidance", "token_temperature", "choice_temperature", "top_p", "remasking"],
+    meta_fields=["top_k", "nucleus", "select"],
 )
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything a decode loop needs besides tokens, predictor and keys.
 
-    The fields up to top_p are arrays, so that other values run the same compiled program; another
-    number of steps, another top_k, or top-p switched on, compile again.
+    The fields up to remasking are arrays, so that other values run the same compiled program; another
+    number of steps, another top_k, another rule, or top-p switched on, compile again.
     """
 
     still_masked: Any  # int32 [steps, tokens + 1]: looked up by the number masked at the start
@@ -51,8 +52,10 @@ class Plan:
     token_temperature: Any
     choice_temperature: Any
     top_p: Any
+    remasking: Any  # float32 [steps]
     top_k: int = 0  # 0: every code
     nucleus: bool = False  # whether top_p is looked at
+    select: Select = selection.most_confident
 
     @property
     def steps(self) -> int:
@@ -71,26 +74,37 @@ def make_plan(
     *,
     tokens: int,
     num_inference_steps: int,
+    grid: tuple[int, int] | None = None,
     schedule: str = "cosine",
     guidance_scale: float | np.ndarray = 1.0,
     guidance_ramp: str = "linear",
+    guidance_power: float = 2.0,
+    guidance_start: float = 0.0,
+    guidance_end: float = 1.0,
     token_temperature: float | np.ndarray = 1.0,
     choice_temperature: float | np.ndarray = 4.5,
     top_k: int = 0,
     top_p: float | np.ndarray = 1.0,
+    selection_rule: str = "most_confident",
+    remasking: float = 0.1,
 ) -> Plan:
     """The plan of a decode; the words are those of a config's `sample` section.
 
     Args:
       tokens: places of an example (its masked ones may be fewer, and differ in a batch).
       num_inference_steps: decoding steps, at least 1.
+      grid: rows and columns of the tokens, for rules that look at places; by default one row.
       schedule: a name in `schedules.SCHEDULES`.
       guidance_scale: s in u + s (c - u); 1 is off. This and the next numbers: one, or one an example.
       guidance_ramp: a name in `guidance.RAMPS`.
+      guidance_power: of the ramp "power_cosine".
+      guidance_start, guidance_end: times in [0, 1] between which there is guidance.
       token_temperature: divides the logits that tokens are drawn from; 0 takes the likeliest.
       choice_temperature: of the noise on the confidence; falls linearly to 0 at the last step.
       top_k: draw from the k likeliest codes; 0 is off.
       top_p: draw from the likeliest codes that together have this probability; 1 is off.
+      selection_rule: a name in `selection.RULES`.
+      remasking: of the rule "remask", see there; in [0, 1].
 
     Raises:
       ValueError: naming the setting that cannot be.
@@ -100,6 +114,8 @@ def make_plan(
         "token_temperature": token_temperature,
         "choice_temperature": choice_temperature,
         "top_p": top_p,
+        "guidance_power": guidance_power,
+        "remasking": remasking,
     }
     for name, value in numbers.items():
         bad = [x for x in np.ravel(value).tolist() if not np.isfinite(x) or x < 0]
@@ -111,16 +127,29 @@ def make_plan(
         raise ValueError(f"top_p is {np.max(top_p)}; expected more than 0 and at most 1 (off).")
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}; expected at least 1, or 0 (off).")
+    if remasking > 1:
+        raise ValueError(f"remasking is {remasking}; expected a share, at most 1.")
+    if not 0 <= guidance_start <= guidance_end <= 1:
+        raise ValueError(
+            f"guidance_start is {guidance_start} and guidance_end {guidance_end}; expected 0 <= start <= end <= 1."
+        )
+    if selection_rule not in selection.RULES:
+        known = ", ".join(map(repr, selection.RULES))
+        raise ValueError(f"selection_rule is {selection_rule!r}; expected one of {known}.")
     constant = np.ones(num_inference_steps)
     annealed = 1 - np.arange(1, num_inference_steps + 1) / num_inference_steps
     return Plan(
         still_masked=schedules.counts(schedule, num_inference_steps, np.arange(tokens + 1)),
-        guidance=guidance.scales(guidance_ramp, num_inference_steps, guidance_scale),
+        guidance=guidance.scales(
+            guidance_ramp, num_inference_steps, guidance_scale, guidance_power, (guidance_start, guidance_end)
+        ),
         token_temperature=np.multiply.outer(constant, token_temperature).astype(np.float32),
         choice_temperature=np.multiply.outer(annealed, choice_temperature).astype(np.float32),
         top_p=np.multiply.outer(constant, top_p).astype(np.float32),
+        remasking=np.multiply.outer(constant, remasking).astype(np.float32),
         top_k=top_k,
         nucleus=bool(np.min(top_p) < 1),
+        select=selection.RULES[selection_rule](*(grid or (1, tokens))),
     )
 
 
@@ -193,7 +222,7 @@ def decode(
     mask_id: int | Int[Array, "b n"],
     *,
     known: Bool[Array, "b n"] | None = None,
-    select: Select = selection.most_confident,
+    select: Select | None = None,
     revisable: bool = False,
     history: bool = False,
 ) -> tuple[Int[Array, "b n"], History | None]:
@@ -206,7 +235,7 @@ def decode(
       keys: one key an example, [b]: what an example draws depends on its own key alone.
       mask_id: what a masked place holds; an array where places differ.
       known: places that never change; without it, those that aren't masked in `tokens`.
-      select: the selection rule.
+      select: the selection rule; by default the plan's.
       revisable: draw all unknown places at every step, instead of those masked now.
       history: whether to return what every step did.
 
@@ -219,19 +248,19 @@ def decode(
     # Each example's own column: examples of a batch may have any number of known tokens.
     still_masked = jnp.asarray(plan.still_masked)[:, masked.sum(axis=-1)]
     rows = _rows(plan, still_masked)
-    one = jax.vmap(partial(_propose, plan=plan, select=select))
+    one = jax.vmap(partial(_propose, plan=plan, select=select or plan.select))
 
     def step(carry, row):
-        tokens, masked = carry
+        tokens, masked, log_prob = carry
         open_ = ~known if revisable else masked
         keys_now = jax.vmap(jax.random.fold_in, (0, None))(keys, row.index)
         per_example = jax.tree.map(lambda x: jnp.broadcast_to(x, masked.shape[:1]), row)
-        predicted, again = one(keys_now, predict(tokens, row), tokens, open_, known, per_example)
+        predicted, log_prob, again = one(keys_now, predict(tokens, row), tokens, log_prob, open_, known, per_example)
         masked = again & ~known
         tokens = jnp.where(masked, blank, predicted)
-        return (tokens, masked), History(tokens, predicted, masked) if history else None
+        return (tokens, masked, log_prob), History(tokens, predicted, masked) if history else None
 
-    (tokens, _), steps = jax.lax.scan(step, (tokens, masked), rows)
+    (tokens, *_), steps = jax.lax.scan(step, (tokens, masked, jnp.zeros(tokens.shape)), rows)
     return tokens, steps
 
 
@@ -245,13 +274,14 @@ def _rows(plan: Plan, still_masked: Int[Array, "steps b"]) -> Step:
         token_temperature=plan.token_temperature,
         choice_temperature=plan.choice_temperature,
         top_p=plan.top_p,
+        remasking=plan.remasking,
     )
 
 
-def _propose(key, logits, tokens, open_, known, step: Step, *, plan: Plan, select: Select):
-    """One example's step: a token for every open place, and which places are masked again."""
+def _propose(key, logits, tokens, log_prob, open_, known, step: Step, *, plan: Plan, select: Select):
+    """One example's step: a token for every open place, how likely each was, and which places are masked again."""
     key_token, key_choice = jax.random.split(key)
     top_p = step.top_p if plan.nucleus else None
-    token, log_prob = draw(key_token, logits, step.token_temperature, top_k=plan.top_k, top_p=top_p)
-    predicted = jnp.where(open_, token, tokens)
-    return predicted, select(key_choice, selection.Drawn(predicted, log_prob, open_, known), step)
+    token, likely = draw(key_token, logits, step.token_temperature, top_k=plan.top_k, top_p=top_p)
+    predicted, log_prob = jnp.where(open_, token, tokens), jnp.where(open_, likely, log_prob)
+    return predicted, log_prob, select(key_choice, selection.Drawn(predicted, log_prob, open_, known), step)

@@ -45,6 +45,11 @@ def circle(t: Share, tokens: Share = 256) -> Share:
     return _numpy_of(t).sqrt(1 - t**2)
 
 
+def arccos(t: Share, tokens: Share = 256) -> Share:
+    """2 arccos(t) / pi: the Halton scheduler's (arXiv 2503.17076), concave; the cosine's mirror image."""
+    return _numpy_of(t).arccos(t) * (2 / np.pi)
+
+
 def sqrt(t: Share, tokens: Share = 256) -> Share:
     """1 - sqrt(t)."""
     return 1 - _numpy_of(t).sqrt(t)
@@ -69,6 +74,7 @@ SCHEDULES: Mapping[str, Callable[[Share, Share], Share]] = {
     "square": square,
     "cubic": cubic,
     "circle": circle,
+    "arccos": arccos,
     "sqrt": sqrt,
     "log": log,
     "exponential": exponential,

@@ -1,4 +1,4 @@
-"""Learning to predict masked image tokens: base and super-resolution (Muse, sections 2.3, 2.4, 2.6)."""
+"""Learning to predict masked image tokens: base and super-resolution (Muse, sections 2.3, 2.4, 2.6), MaskGIT."""
 
 import dataclasses
 import functools
@@ -11,14 +11,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from muse_jax import specs
-from muse_jax.models import t5, vqgan
-from muse_jax.models.muse import TokenTransformer
+from muse_jax.models import predictors, t5, vqgan
 from muse_jax.sampling import guidance, sampler, schedules
 from muse_jax.tasks import corruption, losses
 from muse_jax.tasks.task import Batch, Mean, Metrics, Params
 
 EVALUATED_RATIOS = (0.25, 0.5, 0.75, 1.0)
-TABLES = ("tokens", "rows", "columns", "embedding", "rel_embedding", "table")  # looked up by an index
+TABLES = ("tokens", "rows", "columns", "embedding", "rel_embedding", "table", "classes")  # looked up by an index
 SAMPLED = 8  # prompts in the log's pictures
 
 
@@ -39,7 +38,7 @@ class Corrupted(NamedTuple):
 
 
 class TokensTask:
-    """Masked token prediction given text and, for super-resolution, low-resolution tokens."""
+    """Masked token prediction given a text or a class and, for super-resolution, low-resolution tokens."""
 
     def __init__(
         self,
@@ -57,13 +56,14 @@ class TokensTask:
           SpecError: if the config's `sample` section can't be sampled with: better now than at the first preview.
         """
         self.spec = spec
-        self.model = TokenTransformer(spec.model)
+        self.model = predictors.from_spec(spec.model)
+        self.super_resolution = isinstance(spec.model, specs.SuperResSpec)
         self.tokenizers = {"tokenizer": tokenizer} | ({"low_tokenizer": low_tokenizer} if low_tokenizer else {})
         self.text_encoder = text_encoder
         self.places = spec.model.grid[0] * spec.model.grid[1]
         self.schedule = schedules.SCHEDULES[spec.task.mask_schedule]
         try:
-            self.plan = sampler.make_plan(tokens=self.places, **dataclasses.asdict(spec.sample))
+            self.plan = sampler.make_plan(tokens=self.places, grid=spec.model.grid, **dataclasses.asdict(spec.sample))
         except ValueError as error:
             raise specs.SpecError(f"sample: {error}") from error
 
@@ -72,15 +72,15 @@ class TokensTask:
     def init(self, key: jax.Array) -> Params:
         """See `Task.init`."""
         model = self.spec.model
-        text = jnp.zeros((1, self.spec.data.text_length), jnp.int32)
-        low = jnp.zeros((1, model.low_grid[0] * model.low_grid[1]), jnp.int32) if self.model.super_resolution else None
+        text = jnp.zeros((1, self.spec.condition_length), jnp.int32)
+        low = jnp.zeros((1, model.low_grid[0] * model.low_grid[1]), jnp.int32) if self.super_resolution else None
         tokens = jnp.zeros((1, self.places), jnp.int32)
         params = dict(self.model.init(key, tokens, text, text > 0, low)["params"])
         if self.text_encoder is not None:
             del params["text_encoder"]
         if self.spec.task.codebook_init:
             params["embedding"] = _projected(params["embedding"], self.tokenizers["tokenizer"], key)
-            if self.model.super_resolution:
+            if self.super_resolution:
                 params["low_embedding"] = _projected(params["low_embedding"], self.tokenizers["low_tokenizer"], key)
         return params
 
@@ -122,7 +122,7 @@ class TokensTask:
         return params
 
     def _loss(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        task = self.spec.task
+        task, batch = self.spec.task, self.conditioned(batch)
         tokens, low_tokens = self.tokens(frozen, batch)
         keys = corruption.example_keys(key, batch["example_id"])
         corrupted = self.corrupt(keys, tokens, batch["text_mask"], low_tokens)
@@ -132,6 +132,13 @@ class TokensTask:
         loss = losses.weighted_example_mean(losses.cross_entropy(logits, tokens, task.label_smoothing), weights)
         metrics = self._metrics(logits, tokens, corrupted.mask, loss)
         return jnp.mean(loss), metrics
+
+    def conditioned(self, batch: Batch) -> Batch:
+        """The batch with its labels as texts of one id, where it has no texts; a label of -1 is no class."""
+        if self.spec.data.text_length:
+            return batch
+        ids = batch["label"][:, None] + 1
+        return {**batch, "text_ids": ids, "text_mask": ids > 0}
 
     def corrupt(
         self, keys: jax.Array, tokens: jax.Array, text_mask: jax.Array, low_tokens: jax.Array | None
@@ -157,12 +164,24 @@ class TokensTask:
 
         Precomputed ones in the batch (`high_tokens`, `low_tokens`) are taken as they are.
         """
-        high = "high_tokens" if self.model.super_resolution else "low_tokens"
+        high = "high_tokens" if self.super_resolution else "low_tokens"
         tokens = batch[high] if high in batch else self._encode("tokenizer", frozen, batch["image"])
-        if not self.model.super_resolution:
+        if not self.super_resolution:
             return tokens, None
         low = batch["low_tokens"] if "low_tokens" in batch else self._encode_low(frozen, batch["image"])
         return tokens, low
+
+    def precomputable(self, frozen: Params, batch: Batch, embeddings: bool) -> dict[str, jax.Array]:
+        """What batches may have instead of pictures and, if `embeddings`, instead of text ids.
+
+        Embeddings are in the model's dtype, which is how it reads them.
+        """
+        tokens, low = self.tokens(frozen, batch)
+        made = {"low_tokens": tokens} if low is None else {"low_tokens": low, "high_tokens": tokens}
+        if embeddings:
+            found = self._apply({}, frozen, "encode_text", batch["text_ids"], batch["text_mask"])
+            made["text_embeddings"] = found.astype(jnp.dtype(self.spec.model.dtype))
+        return made
 
     def _encode_low(self, frozen: Params, images: jax.Array) -> jax.Array:
         """Tokens of the picture decimated to what the low-resolution tokenizer was trained on.
@@ -229,6 +248,7 @@ class TokensTask:
 
     def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
         """Cross-entropy without smoothing at fixed mask ratios, with the whole text; "loss" is their mean."""
+        batch = self.conditioned(batch)
         tokens, low_tokens = self.tokens(frozen, batch)
         keys = corruption.example_keys(key, batch["example_id"])
         memory = self._memory(params, frozen, batch, batch["text_mask"], low_tokens)
@@ -248,7 +268,7 @@ class TokensTask:
 
     def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
         """The batch's first prompts, drawn as the config's `sample` section says; true pictures above."""
-        batch = {name: value[:SAMPLED] for name, value in batch.items()}
+        batch = {name: value[:SAMPLED] for name, value in self.conditioned(batch).items()}
         drawn = multihost_utils.process_allgather(jax.jit(self._draw)(params, frozen, batch, key), tiled=True)
         if "image" not in batch:
             return {"samples": drawn}
@@ -256,7 +276,7 @@ class TokensTask:
 
     def _draw(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> jax.Array:
         model = self.spec.model
-        _, low_tokens = self.tokens(frozen, batch) if self.model.super_resolution else (None, None)
+        _, low_tokens = self.tokens(frozen, batch) if self.super_resolution else (None, None)
         # The conditional half first, then the unconditional one, as `guidance.guided` has it.
         twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), dict(batch))
         text_mask = jnp.concatenate([batch["text_mask"], jnp.zeros_like(batch["text_mask"])])

@@ -15,9 +15,9 @@ valid prompt: it is cleaned before it is split.
 import abc
 import base64
 import collections
+import difflib
 import functools
 import hashlib
-import os
 import re
 import tempfile
 import unicodedata
@@ -26,11 +26,13 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 from absl import logging
+from etils import epath
 from jaxtyping import Bool, Int32
 
 PAD = 0
 MAX_CHARACTERS = 10_000  # of a prompt; what comes after is not read
 MAX_WORDS = 8192  # of a vocabulary made from captions
+_CLASSES_SHOWN = 30
 _CACHED_CHARACTERS = 500  # longer captions are rarely seen twice, and would fill the memory
 
 _ASCII_TOKEN = re.compile(r"[a-z0-9_]+|[^\sa-z0-9_]")
@@ -241,6 +243,63 @@ class ByteVocabulary(Vocabulary):
         return {"kind": self.kind}
 
 
+class ClassVocabulary(Vocabulary):
+    """The names of classes: a class is a text of one id, its label + 1.
+
+    >>> ClassVocabulary(["red circle", "blue square"]).tokens("Blue_square")
+    [2]
+    """
+
+    kind = "classes"
+
+    def __init__(self, names: Iterable[str]):
+        self.names = tuple(names)
+        self._labels = {self._key(name): label for label, name in enumerate(self.names)}
+        if len(self._labels) != len(self.names):
+            twice = [n for n, count in collections.Counter(map(self._key, self.names)).items() if count > 1]
+            raise ValueError(f"Names of classes must differ; twice there: {', '.join(map(repr, twice[:5]))}.")
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return " ".join(clean(name).lower().replace("_", " ").split())
+
+    @property
+    def size(self) -> int:
+        return len(self.names) + 1
+
+    def tokens(self, text: str) -> list[int]:
+        """[label + 1]; [] for an empty text, which is no class.
+
+        Raises:
+          ValueError: if there is no such class; names those that there are.
+        """
+        key = self._key(text)
+        if key and key not in self._labels:
+            close = difflib.get_close_matches(key, self._labels, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            shown = ", ".join(self.names[:_CLASSES_SHOWN]) + (", ..." if len(self.names) > _CLASSES_SHOWN else "")
+            raise ValueError(f"Unknown class {text!r}.{hint} The {len(self.names)} classes are {shown}.")
+        return [self._labels[key] + 1] if key else []
+
+    def name(self, label: str | SupportsIndex) -> str:
+        """The name of a class from its name, written in any way, or its number.
+
+        Raises:
+          ValueError: if there is no such class.
+        """
+        if isinstance(label, str):
+            return self.decode(self.tokens(label))
+        if not 0 <= int(label) < len(self.names):
+            raise ValueError(f"Unknown class {label!r}; classes have the numbers 0 to {len(self.names) - 1}.")
+        return self.names[int(label)]
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        return " ".join(self.names[int(i) - 1] for i in ids if int(i) != PAD)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "names": list(self.names)}
+
+
 class SentencePiece(Vocabulary):
     """A SentencePiece model through seqio, such as T5's: 0 padding, 1 end, 2 unknown.
 
@@ -263,13 +322,13 @@ class SentencePiece(Vocabulary):
         Raises:
           FileNotFoundError: naming the other vocabularies, since the path may be a misspelt name.
         """
-        if not os.path.isfile(path):
+        file = epath.Path(path)
+        if not file.is_file():
             raise FileNotFoundError(
-                f"data.vocabulary is {path!r}, which is no file; expected 'scenes', 'captions', 'bytes' "
+                f"data.vocabulary is {path!r}, which is no file; expected 'scenes', 'captions', 'bytes', 'classes' "
                 "or the path of a SentencePiece model."
             )
-        with open(path, "rb") as file:
-            return cls(file.read())
+        return cls(file.read_bytes())
 
     @functools.cached_property
     def _seqio(self) -> Any:
@@ -333,9 +392,13 @@ def from_json(data: Mapping[str, Any]) -> Vocabulary:
         return WordVocabulary(data["words"])
     if kind == ByteVocabulary.kind:
         return ByteVocabulary()
+    if kind == ClassVocabulary.kind and isinstance(data.get("names"), list):
+        return ClassVocabulary(data["names"])
     if kind == SentencePiece.kind and isinstance(data.get("model"), str):
         model = base64.b64decode(data["model"])
         if hashlib.sha256(model).hexdigest() != data.get("sha256"):
             raise ValueError("The vocabulary's SentencePiece model does not have the checksum written beside it.")
         return SentencePiece(model)
-    raise ValueError(f"Not a vocabulary: kind {kind!r}; expected 'words', 'bytes' or 'sentencepiece' with contents.")
+    raise ValueError(
+        f"Not a vocabulary: kind {kind!r}; expected 'words', 'bytes', 'classes' or 'sentencepiece', whole."
+    )

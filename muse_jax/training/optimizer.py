@@ -59,7 +59,7 @@ def label_spec(spec: OptimizerSpec, label: str) -> OptimizerSpec:
     Raises:
       SpecError: for a field that doesn't exist, that can't differ by label, or of the wrong type.
     """
-    shared = ("overrides", "accumulate", "ema_decay")
+    shared = ("overrides", "accumulate", "ema_decay", "gradient_dtype")
     fields = {f.name: f.type for f in dataclasses.fields(spec) if f.name not in shared}
     changes = dict(spec.overrides.get(label, {}))
     for key, value in changes.items():

@@ -29,6 +29,7 @@ FREE = (
     "checkpoint",
     "sample",
     "deadlines",
+    "profile",
     "data.path",
     "data.workers",
     "data.prefetch",
@@ -40,12 +41,14 @@ FREE = (
     "model.text.weights",
     "model.remat",
     "model.unroll",
+    "model.attention",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
     "train.sample_every",
     "train.stop_after_nonfinite",
     "train.compare_every",
+    "train.donate",
 )
 LENGTH = "train.steps"
 
@@ -55,8 +58,12 @@ class ResumeError(ValueError):
 
 
 @contextlib.contextmanager
-def lock(workdir: Any) -> Iterator[None]:
+def lock(workdir: Any, flag: str = "--workdir") -> Iterator[None]:
     """Holds the workdir for this process; the lock dies with it, however it dies.
+
+    Args:
+      workdir: the folder.
+      flag: which names it, for messages.
 
     Raises:
       ResumeError: naming the host and process that hold it.
@@ -71,13 +78,13 @@ def lock(workdir: Any) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ResumeError(f"can't write to {workdir} ({error}); choose another --workdir.") from error
+        raise ResumeError(f"can't write to {workdir} ({error}); choose another {flag}.") from error
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ResumeError(
-                f"another run is at work in {workdir}: {_holder(path)}. Stop it, or choose another --workdir."
+                f"another run is at work in {workdir}: {_holder(path)}. Stop it, or choose another {flag}."
             ) from error
         os.ftruncate(file, 0)
         os.write(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())

@@ -5,13 +5,15 @@ if it has one), or a folder with `config.json`, `params.safetensors` and, for mo
 `vocabulary.json`.
 """
 
+import contextlib
 import dataclasses
 import importlib.resources
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,27 +76,24 @@ def save_stage(
     """Writes a stage folder, whole or not at all; one that is there is replaced.
 
     Args:
-      folder: its parent is made if need be.
+      folder: its parent is made if need be. In a bucket, which can't rename folders, it is a stage once its
+        config.json is there, which is deleted first and written last.
       spec: of the run that trained it.
       params: nested dict of arrays.
       vocabulary: what the text vocabulary's `to_json` gave, for models that read text.
       step: at which the parameters were saved.
     """
-    from safetensors import numpy as safetensors
-
+    if "://" in os.fspath(folder):
+        with tempfile.TemporaryDirectory() as scratch:
+            _write_stage(pathlib.Path(scratch), spec, params, vocabulary, step)
+            _upload(pathlib.Path(scratch), epath.Path(folder))
+        return
     folder = pathlib.Path(folder)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        arrays = {name: np.ascontiguousarray(leaf) for name, leaf in trees.named_leaves(params).items()}
-        prints = {name: trees.fingerprint_numpy(leaf) for name, leaf in arrays.items()}
-        safetensors.save_file(
-            arrays, draft / PARAMS, metadata={"fingerprints": json.dumps(prints), "step": str(int(step))}
-        )
-        write_json(draft / CONFIG, specs.to_config(spec))
-        if vocabulary is not None:
-            write_json(draft / VOCABULARY, vocabulary)
+        _write_stage(draft, spec, params, vocabulary, step)
         previous = folder.with_name(f".{folder.name}.{os.getpid()}.previous")
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
@@ -103,6 +102,38 @@ def save_stage(
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_stage(folder: pathlib.Path, spec: specs.Spec, params: Any, vocabulary: Any, step: int) -> None:
+    from safetensors import numpy as safetensors
+
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in trees.named_leaves(params).items()}
+    prints = {name: trees.fingerprint_numpy(leaf) for name, leaf in arrays.items()}
+    safetensors.save_file(
+        arrays, folder / PARAMS, metadata={"fingerprints": json.dumps(prints), "step": str(int(step))}
+    )
+    write_json(folder / CONFIG, specs.to_config(spec))
+    if vocabulary is not None:
+        write_json(folder / VOCABULARY, vocabulary)
+
+
+def _upload(files: pathlib.Path, folder: epath.Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, PARAMS, VOCABULARY):
+        (folder / name).unlink(missing_ok=True)
+    for name in (PARAMS, VOCABULARY, CONFIG):
+        if (files / name).exists():
+            epath.Path(files / name).copy(folder / name)
+
+
+@contextlib.contextmanager
+def _local(path: epath.Path) -> Iterator[str]:
+    """A path that libraries which read local files only can read."""
+    if "://" not in os.fspath(path):
+        yield os.fspath(path)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield os.fspath(path.copy(os.path.join(scratch, path.name)))
 
 
 def write_json(path: Any, value: Any) -> None:
@@ -151,7 +182,7 @@ def _read_safetensors(path: epath.Path) -> tuple[dict[str, np.ndarray], int]:
     from safetensors import safe_open
 
     try:
-        with safe_open(os.fspath(path), framework="numpy") as file:
+        with _local(path) as local, safe_open(local, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
         prints = json.loads(metadata.get("fingerprints", "{}"))

@@ -95,9 +95,10 @@ class Program:
             return make(stream_key(self.spec.seed, INIT))
 
     def lower_train(self, batch: Any) -> Any:
-        """The lowered train step (state, frozen, batch) -> (state, metrics), its state donated."""
+        """The lowered train step (state, frozen, batch) -> (state, metrics); `train.donate` donates its state."""
         with sharding.layout(self.mesh, self.spec.rules):
-            step = jax.jit(self.train_step, donate_argnums=0, out_shardings=(shardings_of(self.state), None))
+            donated = 0 if self.spec.train.donate else ()
+            step = jax.jit(self.train_step, donate_argnums=donated, out_shardings=(shardings_of(self.state), None))
             return step.lower(self.state, self.frozen, batch)
 
     def lower_evaluate(self, batch: Any) -> Any:
@@ -116,6 +117,7 @@ class Program:
         key = jax.random.fold_in(self._train_key, state.step)
         grads, metrics, extras = self._accumulate(state.params, frozen, batch, key, state.step)
         metrics = dict(metrics)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
         norms = self._grad_norms(grads)
         updates, optimizer = self.tx.update(grads, state.optimizer, state.params)
         params = jax.tree.map(_apply, self.labels, state.params, updates)
@@ -144,11 +146,11 @@ class Program:
         """
         count = self.spec.optimizer.accumulate
         if count == 1:
-            return self.task.grads(params, frozen, batch, key, step)
+            return self._grads(params, frozen, batch, key, step)
         micro = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def one(batch: Any) -> Any:
-            grads, metrics, extras = self.task.grads(params, frozen, batch, key, step)
+            grads, metrics, extras = self._grads(params, frozen, batch, key, step)
             weight = metrics["loss"].weight
             return jax.tree.map(lambda g: g * weight.astype(g.dtype), grads), metrics, extras
 
@@ -162,6 +164,12 @@ class Program:
         (grads, metrics, extras), _ = jax.lax.scan(body, start, micro)
         weight = metrics["loss"].weight
         return jax.tree.map(lambda g: g / weight.astype(g.dtype), grads), metrics, extras
+
+    def _grads(self, *args: Any) -> Any:
+        """The task's, in `optimizer.gradient_dtype`."""
+        grads, metrics, extras = self.task.grads(*args)
+        dtype = jnp.dtype(self.spec.optimizer.gradient_dtype)
+        return jax.tree.map(lambda g: g.astype(dtype) if g.dtype == jnp.float32 else g, grads), metrics, extras
 
     def _grad_norms(self, grads: Any) -> dict[str, jax.Array]:
         """The norm of what the optimizers see; of each label too where there are several."""

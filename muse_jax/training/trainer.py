@@ -21,6 +21,8 @@ from muse_jax import specs
 from muse_jax.training import feed as feeds
 from muse_jax.training import hosts, reading, replicas, resume, sharding, signals, trees
 from muse_jax.training import logs as logging
+from muse_jax.training import meter as meters
+from muse_jax.training import profile as profiles
 from muse_jax.training import step as steps
 from muse_jax.training.checkpoint import Checkpoints
 from muse_jax.training.stage import CONFIG, VOCABULARY, write_json
@@ -51,6 +53,8 @@ def train(
     eval_batches: Callable[[], Batches],
     data_fingerprint: str,
     vocabulary: Mapping[str, Any] | None = None,
+    model_flops: float = 0.0,
+    peak_flops: float = 0.0,
     tensorboard: bool = True,
     bar: bool = True,
 ) -> Result:
@@ -64,6 +68,8 @@ def train(
       eval_batches: called once; returns the held-out batches, the same every time.
       data_fingerprint: of the training data; a run goes on with the data it was started with only.
       vocabulary: written to vocabulary.json, for models that read text.
+      model_flops: of the networks in a step; 0 where not known.
+      peak_flops: of a device, a second; 0 where not known. With both, the utilisation is logged.
       tensorboard: whether to write TensorBoard files beside metrics.jsonl.
       bar: whether to show a progress bar.
 
@@ -84,6 +90,7 @@ def train(
         hosts.from_leader("locking the workdir", lambda: stack.enter_context(resume.lock(workdir)))
         stop = stack.enter_context(signals.listening())
         run = _Run(spec, task, workdir, data_fingerprint, vocabulary, stop, watch)
+        run.meter.work = dataclasses.replace(run.meter.work, flops=model_flops, peak_flops=peak_flops)
         run.start(make_batches, eval_batches, tensorboard, bar, stack)
         return run.to_the_end()
 
@@ -104,7 +111,7 @@ def _finished(spec: specs.Spec, workdir: Any) -> dict[str, Any] | None:
         meta = reading.read_meta(folder / str(reading.steps_in(folder)[-1]))
     except (IndexError, reading.Damaged):
         return None
-    resume.check_config(meta["config"], specs.to_config(spec), meta["step"])
+    resume.check_config(specs.completed(meta["config"]), specs.to_config(spec), meta["step"])
     lines = logging.read_metrics(workdir)
     if meta["step"] < spec.train.steps or not lines or not lines[-1].get(logging.FINISHED):
         return None
@@ -151,7 +158,9 @@ class _Run:
         self.pending: tuple[int, Any, np.ndarray] | None = None
         self.bad_ids: list[list[int]] = []
         self.latest: dict[str, float] = {}
-        self.window = _Window(0)
+        self.sums = _Sums()
+        self.meter = meters.Meter(meters.Work(spec.train.batch_size, self.mesh.size))
+        self.profile = profiles.Profile(spec.profile, self.workdir)
 
     # ------------------------------------------------------------------------------------ start
 
@@ -169,6 +178,7 @@ class _Run:
         replicas.check_bytes(steps.checkpoint_items(self.state), expected, self.mesh, self.spec.mesh.most_bytes)
         self.watch.enter("start", self.step)
         hosts.from_leader("writing the config", self._describe)
+        self.meter.begin(meters.begin(self.workdir, self.step, hosts.leads()), self.step)
         self.logs = logging.Silent()
         if hosts.leads():
             self.logs = logging.Logs(self.workdir, self.step, self.spec.train.steps, tensorboard, bar)
@@ -197,7 +207,7 @@ class _Run:
         self.state = steps.from_items(abstract, items, self.step)
 
     def _check_meta(self, meta: Mapping[str, Any]) -> None:
-        resume.check_config(meta["config"], self.identity["config"], meta["step"])
+        resume.check_config(specs.completed(meta["config"]), self.identity["config"], meta["step"])
         hints = {
             "data": "the training data (data.path and its files)",
             "frozen": "the parameters of a frozen network (task.tokenizer, text encoder or other weights)",
@@ -209,22 +219,21 @@ class _Run:
         """Compiles the step and the evaluation ahead, so that no later call compiles anything else."""
         self.watch.enter("data", self.step)
         self.held_out = [dict(batch) for batch in eval_batches()]
-        began = time.monotonic()
         if self.step < self.spec.train.steps:
             self.feed = feeds.Feed(make_batches(self.step), self.program.batch_sharding, self.stop)
             stack.callback(self.feed.close)
-            self.watch.enter("data", self.step)
-            self.first = self.feed.get()
+            with self._during("data"):
+                self.first = self.feed.get()
             if self.first is None:
                 return
-            self.watch.enter("compile", self.step)
-            began = time.monotonic()
             batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.first[0])
             self._check_batch(batch)
-            self.train_step = self.program.lower_train(batch).compile()
-        if self.held_out:
-            self.watch.enter("compile", self.step)
-            self.evaluate = self.program.lower_evaluate(self.program.abstract_batch(self.held_out[0])).compile()
+        began = time.monotonic()
+        with self._during("compile"):
+            if self.step < self.spec.train.steps:
+                self.train_step = self.program.lower_train(batch).compile()
+            if self.held_out:
+                self.evaluate = self.program.lower_evaluate(self.program.abstract_batch(self.held_out[0])).compile()
         seconds = time.monotonic() - began
         self.logs.say(f"compiled in {seconds:.1f} s")
         self._log({"compile_seconds": seconds})
@@ -239,8 +248,11 @@ class _Run:
 
     def to_the_end(self) -> Result:
         """Runs the remaining steps, then saves, evaluates and draws a last time."""
+        with contextlib.closing(self.profile), self.meter.during(meters.STEP):
+            return self._to_the_end()
+
+    def _to_the_end(self) -> Result:
         total, every = self.spec.train, self.spec.checkpoint.every_steps
-        self.window = _Window(self.step)
         while self.step < total.steps:
             self._one_step()
             last = self.step == total.steps
@@ -262,14 +274,12 @@ class _Run:
 
     def _one_step(self) -> None:
         self._stop_if_asked()
-        self.watch.enter("data", self.step)
-        began = time.monotonic()
-        batch = self.first or self.feed.get()
+        self.profile.before(self.step, self.state)
+        with self._during("data"):
+            batch = self.first or self.feed.get()
         self.first = None
         if batch is None:
             self._stop_if_asked()
-        self.window.waited += time.monotonic() - began
-        self.watch.enter("step", self.step)
         arrays, ids = batch
         self.state, metrics = self.train_step(self.state, self.frozen, arrays)
         before, self.pending = self.pending, (self.step + 1, metrics, ids)
@@ -294,14 +304,14 @@ class _Run:
             self._count_nonfinite(step, values, ids)
         else:
             self.in_a_row, self.bad_ids = 0, []
-            self.window.add(values)
+            self.sums.add(values)
         if step % self.spec.train.log_every == 0 or step == self.spec.train.steps:
-            rate = self.window.rate(step)
-            line = self.window.means() | {"nonfinite_steps": self.nonfinite} | rate
+            rates = self.meter.line(step)
+            line = self.sums.means() | {"nonfinite_steps": self.nonfinite} | rates
             self._log(line, step)
-            shown = {"loss": f"{line.get('loss', float('nan')):.4g}", "steps/s": f"{rate['steps_per_second']:.3g}"}
+            shown = {"loss": f"{line.get('loss', float('nan')):.4g}", "steps/s": f"{rates['steps_per_second']:.3g}"}
             self.logs.progress(step, **shown)
-            self.window = _Window(step)
+            self.sums = _Sums()
         else:
             self.logs.progress(step)
 
@@ -323,6 +333,14 @@ class _Run:
         self.logs.scalars(self.step if step is None else step, values)
         self.latest |= {k: float(v) for k, v in values.items() if k != logging.FINISHED}
 
+    @contextlib.contextmanager
+    def _during(self, phase: str) -> Iterator[None]:
+        """A phase, with its deadline and its share of the time; after it come steps again."""
+        self.watch.enter(phase, self.step)
+        with self.meter.during(meters.PHASES.get(phase, phase)):
+            yield
+        self.watch.enter("step", self.step)
+
     # ------------------------------------------------------------------------ between the steps
 
     def _stop_if_asked(self) -> None:
@@ -331,18 +349,10 @@ class _Run:
             self.logs.say("")
             raise signals.Stopped(self.stop.number, self.step)
 
-    @contextlib.contextmanager
-    def _pause(self) -> Iterator[None]:
-        """Time that isn't training: checkpoints, evaluation, samples. A new window may begin within."""
-        began = time.monotonic()
-        yield
-        self.window.paused += time.monotonic() - max(began, self.window.began)
-
     def _save(self) -> None:
         """Starts a checkpoint of the state as it is now."""
-        with self._pause():
-            self._drain()
-            self.watch.enter("save", self.step)
+        self._drain()
+        with self._during("save"):
             state = self.state
             if self.mesh.devices.flat[0].platform == "cpu":
                 # Orbax reads in the background. Elsewhere it has its own copy on the host by the time
@@ -357,24 +367,23 @@ class _Run:
         self._drain()
         if self.saved != self.step:
             self._save()
-        self.watch.enter("save", self.step)
-        while not self.checkpoints.finish():
-            time.sleep(1)
-            self._save()
+        with self._during("save"):
+            while not self.checkpoints.finish():
+                time.sleep(1)
+                self._save()
 
     def _compare(self) -> None:
         """Compares the replicas; a checkpoint does that too."""
         if self.mesh.size > 1:
-            with self._pause():
-                self._drain()
+            self._drain()
+            with self._during("save"):
                 for leaves in steps.checkpoint_items(self.state).values():
                     replicas.fingerprints(leaves)
 
     def _evaluate(self) -> None:
         """Metrics on the held-out batches, with the EMA if there is one."""
-        with self._pause():
-            self._drain()
-            self.watch.enter("evaluate", self.step)
+        self._drain()
+        with self._during("evaluate"):
             sums: dict[str, np.ndarray] = {}
             for index, batch in enumerate(self.held_out):
                 if self.stop.came:
@@ -391,9 +400,8 @@ class _Run:
         """Pictures for fixed prompts, those of the first held-out batch."""
         if not self.held_out or self.stop.came:
             return
-        with self._pause():
-            self._drain()
-            self.watch.enter("samples", self.step)
+        self._drain()
+        with self._during("samples"):
             key = steps.stream_key(self.spec.seed, steps.SAMPLES)
             batch = sharding.put_everywhere(self.held_out[0], self.program.batch_sharding)
             with sharding.layout(self.mesh, self.spec.rules):
@@ -402,14 +410,10 @@ class _Run:
                 self.logs.images(self.step, pictures)
 
 
-class _Window:
-    """Metrics and times since the last line that was logged."""
+class _Sums:
+    """Metrics since the last line that was logged."""
 
-    def __init__(self, step: int) -> None:
-        self.began = time.monotonic()
-        self.step = step
-        self.paused = self.waited = 0.0
-        self.count = 0
+    def __init__(self) -> None:
         self.sums: dict[str, tuple[float, float]] = {}
 
     def add(self, values: Mapping[str, tuple[float, float]]) -> None:
@@ -419,13 +423,8 @@ class _Window:
             self.sums[name] = (before[0] + total, before[1] + weight)
 
     def means(self) -> dict[str, float]:
-        """Means over the window; without what was never counted."""
+        """Their means; without what was never counted."""
         return {n: total / weight for n, (total, weight) in self.sums.items() if weight and n != "nonfinite"}
-
-    def rate(self, step: int) -> dict[str, float]:
-        """Steps a second, without pauses, and the share of time spent waiting for data."""
-        seconds = max(1e-9, time.monotonic() - self.began - self.paused)
-        return {"steps_per_second": (step - self.step) / seconds, "data_wait": min(1.0, self.waited / seconds)}
 
 
 @contextlib.contextmanager

@@ -114,6 +114,12 @@ def test_labels_become_text_and_numbers(pets):
     assert sorted(plain) == ["image", "label"]
 
 
+def test_labels_are_classes(pets):
+    spec = dataclasses.replace(pets, vocabulary="classes")
+    assert data.make_vocabulary(spec).names == ("house cat", "dog")
+    assert sorted(data.make_source(spec)[0]) == ["image", "label"]
+
+
 def test_one_of_many_captions_is_drawn_by_the_seed(pets):
     source = data.make_source(dataclasses.replace(pets, text_key="captions/text", text_length=8))
     number = source[0]["text"].split(",")[0]

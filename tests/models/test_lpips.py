@@ -106,7 +106,7 @@ def test_refuses_other_files_by_the_tensors_name(tmp_path, monkeypatch, tensors,
     changed = {name: value for name, value in {**tensors, **change}.items() if value is not None}
     path = tmp_path / "lpips.safetensors"
     path.write_bytes(b"")
-    monkeypatch.setattr(lpips, "load_file", lambda path: changed)
+    monkeypatch.setattr(lpips, "load", lambda content: changed)
     with pytest.raises(ValueError, match=message):
         lpips.load_lpips(path)
 

@@ -64,7 +64,7 @@ def bucket(offset, buckets, max_distance):
     return result + min(far, buckets - 1)
 
 
-def reference(params, ids, mask, gated=True):
+def reference(params, ids, mask, gated=True, qk_norm=False):
     """The encoder as loops over examples, layers and heads."""
 
     def norm(x, scale):
@@ -85,6 +85,9 @@ def reference(params, ids, mask, gated=True):
             for h in range(SMALL["heads"]):
                 part = slice(h * SMALL["head_dim"], (h + 1) * SMALL["head_dim"])
                 q, k, v = (y @ kernel("attention", n, "kernel")[:, part] for n in ("query", "key", "value"))
+                if qk_norm:
+                    q = norm(q, kernel("attention", "query_norm", "scale")) * SMALL["head_dim"] ** -0.5
+                    k = norm(k, kernel("attention", "key_norm", "scale"))
                 bias = [
                     [encoder["relpos_bias"]["rel_embedding"][h, bucket(s - t, 8, 10)] for s in where] for t in where
                 ]
@@ -135,6 +138,23 @@ def test_equals_the_reference(params, gated):
     got = apply(params, gated=gated)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, reference(params, IDS, MASK, gated), atol=2e-5)
+
+
+def test_normed_logits_equal_the_reference_and_stay_with_growing_weights(params):
+    rng = np.random.default_rng(1)
+    attention = dict(params["encoder"]["layers"]["attention"])
+    for name in ("query", "key"):
+        attention[f"{name}_norm"] = {"scale": rng.normal(1, 0.2, (3, 6)).astype(np.float32)}
+
+    def run(scale):
+        grown = {**attention, **{n: {"kernel": attention[n]["kernel"] * scale} for n in ("query", "key")}}
+        layers = {**params["encoder"]["layers"], "attention": grown}
+        changed = {**params, "encoder": {**params["encoder"], "layers": layers}}
+        return np.asarray(apply(changed, qk_norm=True)), changed
+
+    got, changed = run(1.0)
+    np.testing.assert_allclose(got, reference(changed, IDS, MASK, True, qk_norm=True), atol=2e-5)
+    np.testing.assert_allclose(run(30.0)[0], got, atol=1e-4)
 
 
 def test_padding_changes_nothing(params):

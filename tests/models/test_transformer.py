@@ -175,3 +175,16 @@ def test_memory_has_keys_and_values_of_each_layer():
         for name, value in (("key", got.keys), ("value", got.values)):
             want = np.einsum("bmi,ihd->bmhd", x, params["params"][name][i])
             np.testing.assert_allclose(value[i], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_attention_is_the_plain_one(monkeypatch, masked):
+    """With XLA in the place of cuDNN's kernel: shapes, biases, and zeros for a query that sees nothing."""
+    fused = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, **s: fused(*x, **{**s, "implementation": "xla"}))
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 3, n, 4, 8)) for i, n in enumerate((5, 6, 6)))
+    mask = jnp.ones((2, 3, 6), bool).at[0, 0].set(False).at[1, :, 4:].set(False) if masked else None
+    bias = jax.random.normal(jax.random.key(3), (4, 5, 6))
+    found, expected = (jax.jit(layers.attend, static_argnums=5)(q, k, v, mask, bias, name) for name in ("cudnn", "xla"))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert not masked or not np.any(found[0, 0])

@@ -15,6 +15,7 @@ FORMULAS = {  # MaskGIT's appendix and code; a second writing of each, in plain 
     "square": lambda t, n: 1 - t * t,
     "cubic": lambda t, n: 1 - t * t * t,
     "circle": lambda t, n: math.sqrt(1 - t * t),
+    "arccos": lambda t, n: 2 * math.acos(t) / math.pi,
     "sqrt": lambda t, n: 1 - t**0.5,
     "log": lambda t, n: 1.0 if t <= 1 / n else -math.log(t) / math.log(n),
     "exponential": lambda t, n: 1 - n ** (t - 1),
@@ -57,7 +58,7 @@ def test_shares_fall_from_one_to_zero(name):
 def test_concave_and_convex():
     """MaskGIT, section 3.3: concave schedules keep more masked at half time than the linear one, convex fewer."""
     half = {name: float(schedules.masked_share(name, 0.5, 256.0)) for name in FORMULAS}
-    assert all(half[name] > 0.5 for name in ("cosine", "square", "cubic", "circle", "exponential"))
+    assert all(half[name] > 0.5 for name in ("cosine", "square", "cubic", "circle", "arccos", "exponential"))
     assert half["linear"] == 0.5
     assert all(half[name] < 0.5 for name in ("sqrt", "log"))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from muse_jax.text import vocabulary as vocabulary_lib
-from muse_jax.text.vocabulary import ByteVocabulary, SentencePiece, WordVocabulary
+from muse_jax.text.vocabulary import ByteVocabulary, ClassVocabulary, SentencePiece, WordVocabulary
 
 WORDS = WordVocabulary(["a", "red", "circle", ",", "café"])
 
@@ -146,6 +146,30 @@ def test_ten_megabytes_take_less_than_a_second(words, unit):
     start = time.perf_counter()
     words.encode(text, 32)
     assert time.perf_counter() - start < 1.0
+
+
+def test_names_of_classes():
+    words = ClassVocabulary(["Red circle", "blue_square", "7"])
+    assert words.size == 4
+    ids, mask = words.encode_batch(["red  CIRCLE", "blue square", ""], 1)
+    assert ids.tolist() == [[1], [2], [0]]
+    assert mask.tolist() == [[True], [True], [False]]
+    assert [words.name(label) for label in (0, "BLUE square", "", np.int64(2))] == [
+        "Red circle",
+        "blue_square",
+        "",
+        "7",
+    ]
+    assert vocabulary_lib.from_json(words.to_json()) == words
+    with pytest.raises(
+        ValueError, match="Unknown class 'red circel'. Did you mean 'red circle'.* 3 classes are Red ci"
+    ):
+        words.tokens("red circel")
+    for label in (3, -1):
+        with pytest.raises(ValueError, match=f"Unknown class {label}; classes have the numbers 0 to 2"):
+            words.name(label)
+    with pytest.raises(ValueError, match="twice there: 'a b'"):
+        ClassVocabulary(["a b", "A_b"])
 
 
 def test_what_is_no_string_is_refused():

@@ -40,7 +40,7 @@ def _compiled_once():
             config = specs.to_config(self.spec)
             relevant = {key: config[key] for key in ("seed", "optimizer", "mesh", "rules")}
             steps = config["train"]["steps"] if config["optimizer"]["schedule"] != "constant" else 0
-            key = (name, type(self.task), json.dumps(relevant), steps, json.dumps(shapes))
+            key = (name, type(self.task), json.dumps(relevant), config["train"]["donate"], steps, json.dumps(shapes))
             return seen.setdefault(key, _Lowered(lambda: original(self, batch)))
 
         return original, lower

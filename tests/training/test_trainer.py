@@ -214,8 +214,8 @@ def mutations():
     """Every key of a config changed in turn, and whether the run may go on with it."""
     free = ("mesh.", "checkpoint.", "sample.", "data.workers", "data.prefetch", "data.path", "data.eval_split",
             "task.init_from", "task.perceptual_weights", "train.log_every", "train.eval_every", "train.eval_batches",
-            "train.sample_every", "train.stop_after_nonfinite", "train.compare_every", "rules.",
-            "deadlines.")  # fmt: skip
+            "train.sample_every", "train.stop_after_nonfinite", "train.compare_every", "train.donate", "rules.",
+            "deadlines.", "profile.")  # fmt: skip
 
     def leaves(tree, path=""):
         for key, value in tree.items():
@@ -374,3 +374,30 @@ def test_steps_follow_the_optimizer():
     expected = optax.apply_updates(states[0].params, updates)
     for name in ("layers", "head"):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), expected[name], states[1].params[name])
+
+
+def test_without_donation_the_same_bits(tmp_path):
+    """Only whether the new state takes the old one's memory differs."""
+    programs = {donate: program_of(toys.spec(**{"train.donate": donate}))[0] for donate in (True, False)}
+    batch = programs[True].abstract_batch(toys.batch_of(0, 4))
+    texts = {donate: program.lower_train(batch).as_text() for donate, program in programs.items()}
+    aliased = {donate: "tf.aliasing_output" in text or "jax.buffer_donor" in text for donate, text in texts.items()}
+    assert aliased == {True: True, False: False}
+    states = [run_steps(toys.spec(**{"train.donate": donate}), 2)[0][-1] for donate in (True, False)]
+    assert toys.bits(states[0]) == toys.bits(states[1])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_in_bfloat16(accumulate):
+    """They are rounded to 8 bits, and nothing else is."""
+    run = toys.spec(**{"optimizer.accumulate": accumulate})
+    exact, rounded = (
+        run_steps(dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, gradient_dtype=dtype)), 1)
+        for dtype in ("float32", "bfloat16")
+    )
+    norms = [metrics[0]["grad_norm"] for _, metrics in (exact, rounded)]
+    assert norms[0] != norms[1]
+    assert norms[1] == pytest.approx(norms[0], rel=2**-7)
+    assert exact[1][0]["loss"] == rounded[1][0]["loss"]
+    dtypes = [[leaf.dtype for leaf in jax.tree.leaves(states[-1])] for states, _ in (exact, rounded)]
+    assert dtypes[0] == dtypes[1]

@@ -1,0 +1,96 @@
+"""Converted pictures as a source: random access to ArrayRecord shards; see `muse_jax.data.make_source`."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from muse_jax.data import array_records, transforms
+from muse_jax.data.reading import Reader
+from muse_jax.specs import DataSpec
+
+SIZES = ".sizes.npy"  # beside each shard: its pictures' width and height, uint32 [records, 2]
+
+
+class ArrayRecordSource:
+    """The pictures of a folder that `muse_jax.convert` wrote.
+
+    Where a picture has several captions, one of them is drawn by the seed, as crops and flips are.
+
+    Args:
+      spec: `path`, the splits, `image_size`, `crop`, `flip`, `min_side` and `max_aspect` are read.
+      split: "train" or "eval".
+
+    Raises:
+      ValueError: if the folder is no whole one, or no picture passes the filters.
+    """
+
+    def __init__(self, spec: DataSpec, split: str = "train"):
+        self._spec = spec
+        self._split = spec.eval_split if split == "eval" else spec.split
+        folder, manifest = array_records.read_manifest(spec.path, "pictures")
+        self._shards = array_records.shards_of(folder, manifest, self._split)
+        self._records = array_records.open_shards(folder, self._shards)
+        self._kept = self._filtered(folder)
+        if not len(self):
+            raise ValueError(
+                f"No picture of {spec.path}, split {self._split!r}, has at least data.min_side {spec.min_side} "
+                f"pixels and at most data.max_aspect {spec.max_aspect}; relax them."
+            )
+        self._reader = Reader(self._read, length=len(self), name_of=self._name, fixed=False)
+
+    def _filtered(self, folder: Any) -> np.ndarray | None:
+        """Positions of the pictures that the config's filters keep; None for all of them."""
+        if not self._spec.min_side and not self._spec.max_aspect:
+            return None
+        kept, first = [], 0
+        for shard in self._shards:
+            with (folder / (shard.name + SIZES)).open("rb") as file:
+                sizes = np.load(io.BytesIO(file.read()), allow_pickle=False)
+            filters = self._spec.min_side, self._spec.max_aspect
+            faults = (transforms.size_fault(*size, *filters) for size in sizes.tolist())
+            kept += [first + i for i, fault in enumerate(faults) if not fault]
+            first += shard.records
+        return np.array(kept, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._records) if self._kept is None else len(self._kept)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.example(index, (index,))
+
+    def example(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
+        """The picture and its caption; `seed` draws the crop, the flip and which of several captions."""
+        return self._reader.example(index, seed)
+
+    def _name(self, index: int) -> str:
+        return f"example {index} of {self._spec.path}, split {self._split}"
+
+    def _record(self, index: int) -> dict[str, Any]:
+        position = int(index if self._kept is None else self._kept[index])
+        try:
+            return array_records.unpack(self._records[position])
+        except (RuntimeError, ValueError) as error:  # a shard whose bytes changed
+            raise transforms.UnusableError("damaged record", str(error)) from error
+
+    def _read(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
+        record, spec = self._record(index), self._spec
+        image = transforms.decode(
+            io.BytesIO(record["image"]), spec.image_size, crop=spec.crop, flip=spec.flip, seed=seed
+        )
+        text = record["text"]
+        if not isinstance(text, str):
+            text = text[int(np.random.default_rng((*seed, 1)).integers(len(text)))]
+        return {"image": image, "text": text}
+
+    def captions(self) -> Iterator[str]:
+        """Every caption of the split."""
+        for index in range(len(self)):
+            text = self._record(index)["text"]
+            yield from [text] if isinstance(text, str) else text
+
+    def fingerprint(self) -> str:
+        """Changes with any picture or caption, and with the filters; not with where the folder lies."""
+        filters = "" if self._kept is None else f":{self._spec.min_side}:{self._spec.max_aspect}"
+        return f"array_record:{array_records.fingerprint(self._shards)}{filters}"

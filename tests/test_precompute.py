@@ -1,0 +1,280 @@
+"""Tokens computed ahead are those that a run computes itself, and no other run's."""
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from muse_jax import data, precompute, precomputed, specs, stages
+from muse_jax.data import array_records, scenes
+from muse_jax.interop import folder as weights
+from muse_jax.models import t5, vqgan
+from muse_jax.training import checkpoint, sharding, stage, trees
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs/pictures"
+PICTURES = 20
+BATCH = 8
+STEPS = 6  # more than two epochs
+
+
+def tiny(name, **changes):
+    found = importlib.util.spec_from_file_location("config", CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    config = module.get_config("tiny")
+    for key, value in changes.items():
+        section, _, field = key.rpartition("__")
+        with config.unlocked():
+            functools.reduce(lambda node, part: node[part], section.split("__"), config)[field] = value
+    return specs.from_config(config)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with pictures/, the stages low/ and high/ of random tokenizers, and the text encoder t5/."""
+    here = tmp_path_factory.mktemp("made")
+    (here / "pictures").mkdir()
+    for index in range(PICTURES):
+        scene = scenes.scene(index)
+        picture = Image.fromarray(scenes.render(scene, 80)).crop((0, 0, 80, 60 + index))
+        picture.save(here / f"pictures/{index}.png")
+        (here / f"pictures/{index}.txt").write_text(scene.caption, encoding="utf-8")
+    for seed, name in enumerate(("low", "high", "other")):
+        spec = tiny("tokenizer_high" if name == "high" else "tokenizer_low")
+        side = spec.data.image_size
+        params = jax.jit(vqgan.VQGAN(spec.model).init)(jax.random.key(seed), jnp.zeros((1, side, side, 3)))["params"]
+        stage.save_stage(here / name, spec, nn.unbox(params))
+    (here / "t5").mkdir()
+    ids = jnp.zeros((1, 1), jnp.int32)
+    encoder = t5.from_spec(base(here).model.text)
+    params = nn.unbox(jax.jit(encoder.init)(jax.random.key(0), ids, ids > 0)["params"])
+    save_file({k: np.asarray(v) for k, v in trees.named_leaves(params).items()}, here / "t5" / weights.PARAMS)
+    return here
+
+
+def base(here, **changes):
+    """The base model with a frozen text encoder."""
+    given = dict(
+        task__tokenizer=str(here / "low"),
+        model__text__trainable=False,
+        model__text__weights=str(here / "t5"),
+        model__text__dropout=0.0,
+        model__dropout=0.0,
+        data__path=str(here / "pictures"),
+    )
+    return tiny("base", **{**given, **changes})
+
+
+def superres(here, **changes):
+    """The super-resolution model, which trains its text encoder, on random crops and flips."""
+    given = dict(
+        task__tokenizer=str(here / "high"),
+        task__low_tokenizer=str(here / "low"),
+        model__dropout=0.0,
+        model__text__dropout=0.0,
+        data__path=str(here / "pictures"),
+        data__crop="random",
+        data__flip=True,
+    )
+    return tiny("superres", **{**given, **changes})
+
+
+def reading(spec, out, **changes):
+    return dataclasses.replace(spec, data=dataclasses.replace(spec.data, name="precomputed", path=str(out), **changes))
+
+
+@pytest.fixture(scope="module")
+def high_tokens(made):
+    """Two epochs of super-resolution's tokens, and what the command said of them."""
+    manifest = precompute.precompute(superres(made), str(made / "tokens"), epochs=2, per_shard=9)
+    return made / "tokens", manifest
+
+
+@pytest.fixture(scope="module")
+def embeddings(made):
+    """The base model's tokens with text embeddings."""
+    precompute.precompute(base(made), str(made / "embeddings"), text_embeddings=True)
+    return made / "embeddings"
+
+
+class Run:
+    """The losses of a run's first steps, from the parameters of step 0."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        task = stages.build_task(spec, checkpoint.load_stage)
+        self.params = nn.unbox(jax.jit(task.init)(jax.random.key(0)))
+        self.frozen = jax.tree.map(lambda leaf: jnp.asarray(leaf[...]), sharding.unbox(task.frozen()))
+        self.loss = jax.jit(lambda *args: task._loss(*args)[0])
+
+    def losses(self, split="train", steps=STEPS):
+        loss = functools.partial(self.loss, self.params, self.frozen)
+        given = batches(self.spec, split, steps)
+        return [float(loss(batch, jax.random.key(step))) for step, batch in enumerate(given)]
+
+
+def batches(spec, split="train", steps=STEPS):
+    vocabulary = data.make_vocabulary(spec.data)
+    loader = data.make_loader(spec.data, batch_size=BATCH, seed=spec.seed, vocabulary=vocabulary, split=split)
+    given = list(itertools.islice(loader, steps))
+    loader.close()
+    return given
+
+
+def same(one, other, names):
+    for first, second in zip(one, other, strict=True):
+        for name in names:
+            np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_tokens_give_the_losses_of_the_same_crops(made, high_tokens):
+    folder, manifest = high_tokens
+    online, ready = superres(made), reading(superres(made), folder)
+    assert manifest["splits"]["train"]["records"] == 2 * len(data.make_source(online.data))
+    tokens = batches(ready)
+    assert {"low_tokens", "high_tokens", "text_ids"} < tokens[0].keys()
+    assert "image" not in tokens[0]
+    same(batches(online), tokens, ("example_id", "text_ids", "text_mask"))
+    # Of two epochs the crops are the run's own; a third one sees the first one's again.
+    own = 2 * len(data.make_source(online.data)) // BATCH
+    assert own >= 4
+    expected, found = Run(online).losses(), Run(ready).losses()
+    np.testing.assert_allclose(found[:own], expected[:own], rtol=1e-6)
+    assert found[own + 1] != pytest.approx(expected[own + 1], rel=1e-6)
+
+
+def test_embeddings_give_the_losses_of_the_same_texts(made, embeddings):
+    online, ready = Run(base(made)), Run(reading(base(made), embeddings, text_embeddings=True))
+    first = batches(ready.spec, steps=1)[0]
+    assert "text_ids" not in first
+    assert first["text_embeddings"].shape == (BATCH, ready.spec.data.text_length, ready.spec.model.text.width)
+    np.testing.assert_allclose(ready.losses(), online.losses(), rtol=1e-5)
+    np.testing.assert_allclose(ready.losses("eval", 1), online.losses("eval", 1), rtol=1e-5)
+    # The captions are there too, for a run that computes their embeddings itself.
+    captions = batches(reading(base(made), embeddings))
+    same(batches(online.spec), captions, ("example_id", "text_ids", "text_mask"))
+    same(batches(ready.spec), captions, ("low_tokens",))
+
+
+def test_one_device_and_a_stop_make_the_same_records(made, high_tokens, monkeypatch):
+    _, whole = high_tokens
+    spec = dataclasses.replace(superres(made), mesh=specs.MeshSpec(data=1))
+    written = []
+    finish = array_records.ShardWriter.finish
+
+    def stop_at_the_third(writer):
+        written.append(writer._target.name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return finish(writer)
+
+    monkeypatch.setattr(array_records.ShardWriter, "finish", stop_at_the_third)
+    out = str(made / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        precompute.precompute(spec, out, epochs=2, per_shard=9)
+    with pytest.raises(ValueError, match="not finished"):
+        data.make_source(reading(spec, out).data)
+    again = precompute.precompute(spec, out, epochs=2, per_shard=9)
+    assert len(set(written)) == len(written) - 1, "only the shard that was cut off is written twice"
+    assert again["splits"] == whole["splits"]
+    assert not list((made / "stopped").glob(".draft-*"))
+    count = len(written)
+    assert precompute.precompute(spec, out, epochs=2, per_shard=9) == again
+    assert len(written) == count, "nothing is left to do"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task__low_tokenizer": "other"}, ["task.low_tokenizer is another tokenizer"]),
+        ({"data__crop": "center"}, ["data.crop is 'center' and was 'random'"]),
+        ({"data__flip": False}, ["data.flip is False and was True"]),
+    ],
+)
+def test_another_runs_tokens_are_refused(made, high_tokens, changes, words):
+    changes = {key: str(made / value) if "tokenizer" in key else value for key, value in changes.items()}
+    with pytest.raises(specs.SpecError) as error:
+        check(reading(superres(made, **changes), high_tokens[0]))
+    for word in words:
+        assert word in str(error.value)
+    check(reading(superres(made), high_tokens[0]))
+
+
+def check(spec):
+    task = stages.build_task(spec, checkpoint.load_stage)
+    precomputed.check(spec, task, data.make_source(spec.data), data.make_vocabulary(spec.data))
+
+
+def test_a_fine_tuned_decoder_leaves_the_tokens_what_they_are(made, embeddings):
+    low = checkpoint.load_stage(made / "low")
+    params = {**low.params, "decoder": jax.tree.map(lambda leaf: leaf + 1, low.params["decoder"])}
+    stage.save_stage(made / "tuned", low.spec, params)
+    check(reading(base(made, task__tokenizer=str(made / "tuned")), embeddings))
+
+
+def test_embeddings_of_other_texts_are_refused(made, embeddings, high_tokens):
+    with pytest.raises(specs.SpecError, match=r"data\.text_length.*data\.text_embeddings=False"):
+        check(reading(base(made, data__text_length=9), embeddings, text_embeddings=True))
+    check(reading(base(made, data__text_length=9), embeddings))
+    with pytest.raises(specs.SpecError, match=r"no tokens of task\.tokenizer|image_size is"):
+        check(reading(base(made), high_tokens[0]))
+    with pytest.raises(ValueError, match="--text_embeddings"):
+        data.make_source(reading(base(made), high_tokens[0], text_embeddings=True).data)
+
+
+def test_a_folder_that_was_begun_with_something_else_is_refused(made, embeddings):
+    with pytest.raises(ValueError, match="begun with something else: .*seed was 0 and is now 1"):
+        precompute.precompute(dataclasses.replace(base(made), seed=1), str(embeddings))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ({}, {"epochs": 2}, "all are alike"),
+        (
+            {"model__text__trainable": True, "model__text__weights": ""},
+            {"text_embeddings": True},
+            "model.text is trained",
+        ),
+        ({"data__name": "precomputed"}, {}, "it is done"),
+    ],
+)
+def test_what_cannot_be_precomputed_is_said(made, tmp_path, change, options, words):
+    with pytest.raises(specs.SpecError, match=words):
+        precompute.precompute(base(made, **change), str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damage_is_seen(made, high_tokens, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(high_tokens[0], folder)
+    source = data.make_source(reading(superres(made), folder).data)
+    expected = data.make_source(reading(superres(made), high_tokens[0]).data)
+    assert source.fingerprint() == expected.fingerprint()
+    shard = next(folder.glob("train-00000*"))
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1  # within the first record
+    shard.write_bytes(content)
+    source = data.make_source(reading(superres(made), folder).data)
+    first = source[0]
+    np.testing.assert_array_equal(source[1]["low_tokens"], expected[1]["low_tokens"])
+    assert any(np.array_equal(first["low_tokens"], expected[i]["low_tokens"]) for i in range(1, len(expected)))
+    shard.write_bytes(content[:-10])
+    with pytest.raises(ValueError, match=r"train-00000.*bytes"):
+        data.make_source(reading(superres(made), folder).data)
+    manifest = json.loads((folder / array_records.MANIFEST).read_text())
+    (folder / array_records.MANIFEST).write_text(json.dumps({**manifest, "version": 99}))
+    with pytest.raises(ValueError, match="version 99"):
+        data.make_source(reading(superres(made), folder).data)
