@@ -254,7 +254,7 @@ class MeshSpec:
     fsdp: int = 1
     tensor: int = 1
     slices: int = 1  # slices joined over DCN, along `data`
-    most_bytes: float = 1.1  # of parameters and optimizer on a device, over an even split on fsdp and tensor; 0: any
+    most_bytes: float = 0.0  # on a device over an even split on fsdp and tensor; 0: whatever the rules make of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,15 +280,15 @@ class CheckpointSpec:
 class DeadlinesSpec:
     """Seconds after which the run ends, with a message of who waits for what, instead of waiting on; 0: never."""
 
-    start: float = 900  # joining the other processes, and all that belongs to no other phase
-    restore: float = 1800
-    compile: float = 7200
-    data: float = 900  # waiting for a batch
-    step: float = 900
-    evaluate: float = 3600
-    samples: float = 3600
-    save: float = 1800  # a checkpoint, as far as the steps wait for it
-    heartbeat: float = 60  # until a process of which nothing is heard counts as dead
+    start: float = 900.0  # joining the other processes, and all that belongs to no other phase
+    restore: float = 1800.0
+    compile: float = 7200.0
+    data: float = 900.0  # waiting for a batch
+    step: float = 900.0
+    evaluate: float = 3600.0
+    samples: float = 3600.0
+    save: float = 1800.0  # a checkpoint, as far as the steps wait for it
+    heartbeat: float = 60.0  # until a process of which nothing is heard counts as dead
 
 
 @dataclasses.dataclass(frozen=True)

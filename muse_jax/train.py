@@ -28,7 +28,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from muse_jax import data, flops, precomputed, roofline, specs
-from muse_jax.training import checkpoint, feed, hosts, reading, resume, sharding, signals, trainer
+from muse_jax.training import checkpoint, feed, hosts, reading, replicas, resume, sharding, signals, trainer
 
 # What a person can mend; said without a traceback.
 MENDABLE = (
@@ -38,6 +38,7 @@ MENDABLE = (
     checkpoint.StageError,
     feed.DataError,
     trainer.NonFiniteError,
+    replicas.ReplicaError,
     hosts.HostError,
 )
 

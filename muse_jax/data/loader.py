@@ -10,6 +10,7 @@ pays Grain's overhead once.
 """
 
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent import futures
@@ -19,12 +20,14 @@ import grain
 import numpy as np
 from absl import flags, logging
 
+from muse_jax.data import processes
 from muse_jax.specs import DataSpec
 from muse_jax.text.vocabulary import Vocabulary
 
 _STEPS = 2**40  # Grain wants an end; no run gets there
 _LISTED = 2**14  # examples up to which an epoch's order is a list
-_REBUILDS = 3  # times that loading processes may die
+_REBUILDS = 3  # times that loading processes may die, in so many seconds:
+_REBUILD_SECONDS = 3600
 _DECODE_THREADS = 16
 _SPLIT_STREAM = {"train": 0, "eval": 1}
 
@@ -157,7 +160,7 @@ class Loader:
         self.step = start_step
         self._prefetch = max(prefetch, 0)
         self._workers = workers
-        self._rebuilds = 0
+        self._rebuilt: list[float] = []  # when, in seconds
         self._running: list[Any] = []
         # At the interpreter's end Grain's own clean-up comes too late.
         self._finalizer = weakref.finalize(self, _stop, self._running)
@@ -175,7 +178,8 @@ class Loader:
         options = grain.MultiprocessingOptions(
             num_workers=self._workers, per_worker_buffer_size=max(self._prefetch // self._workers, 1)
         )
-        return iter(dataset.mp_prefetch(options))
+        self._processes = processes.Processes()
+        return iter(dataset.mp_prefetch(options, worker_init_fn=self._processes.started))
 
     def __iter__(self) -> "Loader":
         return self
@@ -185,14 +189,17 @@ class Loader:
             raise ValueError("This loader is closed.")
         while True:
             try:
-                batch = next(self._running[0])
+                batch = self._processes.next(self._running[0]) if self._workers else next(self._running[0])
                 break
             except RuntimeError as error:
                 # A loading process was killed (for memory, perhaps). The position is only a number, so start anew.
-                if not self._workers or self._rebuilds == _REBUILDS:
+                now = time.monotonic()
+                self._rebuilt = [then for then in self._rebuilt if now - then < _REBUILD_SECONDS]
+                if not self._workers or len(self._rebuilt) == _REBUILDS:
                     raise
-                self._rebuilds += 1
+                self._rebuilt.append(now)
                 logging.error("Loading processes failed at step %d (%s); starting them again.", self.step, error)
+                self._processes.kill()
                 _stop(self._running)
                 self._running.append(self._build())
         self.step += 1

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from absl import flags, logging
 from etils import epath
 
-from muse_jax.training import hosts, trees
+from muse_jax.training import hosts, replicas, trees
 from muse_jax.training.reading import (
     FORMAT,
     CheckpointError,
@@ -120,9 +120,10 @@ class Checkpoints:
 
         Raises:
           CheckpointError: after `MOST_FAILURES` failed saves one after the other.
+          ReplicaError: devices hold different bits; nothing is saved.
         """
         self.finish()
-        prints = {item: trees.fingerprints(leaves) for item, leaves in items.items()}
+        prints = {item: replicas.fingerprints(leaves) for item, leaves in items.items()}
         described = {
             item: {n: (*shape_dtype, prints[item][n]) for n, shape_dtype in trees.describe(dict(leaves)).items()}
             for item, leaves in items.items()
@@ -285,4 +286,4 @@ def _settled(leaves: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[s
     """Copies in memory that a step may be donated, which that of arrays made by Orbax may not be; fingerprints."""
     shards = {name: leaf.sharding for name, leaf in leaves.items()}
     copies = jax.jit(lambda leaves: {n: jnp.copy(x) for n, x in leaves.items()}, out_shardings=shards)(leaves)
-    return copies, trees.fingerprints(copies)
+    return copies, replicas.fingerprints(copies)

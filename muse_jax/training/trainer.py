@@ -19,7 +19,7 @@ from etils import epath
 
 from muse_jax import specs
 from muse_jax.training import feed as feeds
-from muse_jax.training import hosts, reading, resume, sharding, signals, trees
+from muse_jax.training import hosts, reading, replicas, resume, sharding, signals, trees
 from muse_jax.training import logs as logging
 from muse_jax.training import meter as meters
 from muse_jax.training import profile as profiles
@@ -79,6 +79,7 @@ def train(
       reading.CheckpointError: no whole checkpoint is left, or none can be written.
       NonFiniteError: after `train.stop_after_nonfinite` such steps in a row.
       signals.Stopped: after SIGTERM or Ctrl-C; everything is saved.
+      replicas.ReplicaError: devices that should hold the same bits don't.
       hosts.HostError: another process of the run failed or is gone.
     """
     finished = already_finished(spec, workdir)
@@ -173,6 +174,8 @@ class _Run:
         self.checkpoints = Checkpoints(self.workdir, self.spec.checkpoint.keep, self.spec.deadlines.save / 2)
         stack.enter_context(_closing(self.checkpoints))
         self._restore_or_init()
+        expected = steps.checkpoint_items(self.program.state)
+        replicas.check_bytes(steps.checkpoint_items(self.state), expected, self.mesh, self.spec.mesh.most_bytes)
         self.watch.enter("start", self.step)
         hosts.from_leader("writing the config", self._describe)
         self.meter.begin(meters.begin(self.workdir, self.step, hosts.leads()), self.step)
@@ -255,6 +258,8 @@ class _Run:
             last = self.step == total.steps
             if self.step % every == 0 or last or (self.checkpoints.due_again and self.step % total.log_every == 0):
                 self._save()
+            if total.compare_every and self.step % total.compare_every == 0 and self.saved != self.step:
+                self._compare()
             if total.eval_every and self.step % total.eval_every == 0 and not last:
                 self._evaluate()
             if total.sample_every and self.step % total.sample_every == 0 and not last:
@@ -366,6 +371,14 @@ class _Run:
             while not self.checkpoints.finish():
                 time.sleep(1)
                 self._save()
+
+    def _compare(self) -> None:
+        """Compares the replicas; a checkpoint does that too."""
+        if self.mesh.size > 1:
+            self._drain()
+            with self._during("save"):
+                for leaves in steps.checkpoint_items(self.state).values():
+                    replicas.fingerprints(leaves)
 
     def _evaluate(self) -> None:
         """Metrics on the held-out batches, with the EMA if there is one."""

@@ -50,24 +50,34 @@ def describe(tree: Any) -> dict[str, tuple[list[int], str]]:
     return {name: (list(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in named_leaves(tree).items()}
 
 
-def fingerprint(leaf: jax.Array) -> jax.Array:
+def fingerprint(leaf: jax.Array, start: Any = None, whole: Any = None) -> jax.Array:
     """A uint32 of an array's bits: the sum over elements of mix(bits xor index * golden) modulo 2**32.
 
     Integer addition is associative, so no mesh and no order of summation changes the value. `mix` is
     MurmurHash3's finalizer, a bijection: a change of one element always shows, and one of many (all
     values doubled, say, which weights linear in the index can miss) but for a chance of 2**-32.
     Jit-able; see `fingerprint_numpy`.
+
+    Args:
+      leaf: the array, or a block of one: the sum modulo 2**32 over all blocks is that of the whole.
+      start: of a block, where it begins along each axis of the whole array.
+      whole: of a block, the whole array's shape.
     """
+    whole = leaf.shape if whole is None else whole
+    start = [0] * leaf.ndim if start is None else start
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(_UNSIGNED[leaf.dtype.itemsize]))
     if bits.dtype.itemsize == 8:
         bits = jax.lax.bitcast_convert_type(bits, jnp.uint32)  # a last axis of two
     bits = bits.astype(jnp.uint32)
+    words = bits.shape[leaf.ndim :]  # two to an element of 8 bytes
+    start, whole = [*start, *(0 for _ in words)], [*whole, *words]
     index, stride = jnp.zeros(bits.shape, jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
-        index = index + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
+        along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) + jnp.uint32(start[axis])
+        index = index + along * np.uint32(stride % 2**32)
+        stride *= whole[axis]
     mixed = bits ^ (index * _GOLDEN)
     for shift, factor in _MIX:
         mixed = (mixed ^ (mixed >> shift)) * factor

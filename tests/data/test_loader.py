@@ -4,6 +4,8 @@ import itertools
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 from muse_jax import data
+from muse_jax.data import processes
 from muse_jax.data.loader import Batches, Loader, Order
 from muse_jax.specs import DataSpec
 from muse_jax.text.vocabulary import ByteVocabulary
@@ -236,17 +239,53 @@ def _children() -> set[int]:
     return {int(pid) for pid in pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
 
 
+def _loading(before: set[int]) -> set[int]:
+    commands = {child: pathlib.Path(f"/proc/{child}/cmdline").read_bytes() for child in _children() - before}
+    return {child for child, command in commands.items() if b"resource_tracker" not in command}
+
+
 @pytest.mark.slow
-def test_loading_processes_give_the_same_batches_and_may_die():
+@pytest.mark.parametrize("trouble", ["killed", "stopped", "gone with exit code 0"])
+def test_loading_processes_give_the_same_batches_and_may_fail(trouble, monkeypatch):
     spec = DataSpec(name="scenes", image_size=16, text_length=20, workers=2)
-    expected = take(scenes_loader(), 40)
+    expected = take(scenes_loader(), 30)
     before = _children()
+    if trouble == "gone with exit code 0":  # SIGTERM ends them so
+        monkeypatch.setattr(processes, "_started", _started_and_ends_well)
     loader = scenes_loader(spec=spec)
     for step in range(5):
         equal(next(loader), expected[step])
-    for child in _children() - before:
-        if b"resource_tracker" not in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
-            os.kill(child, signal.SIGKILL)
-    for step in range(5, 40):
+    number = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}.get(trouble, signal.SIGTERM)
+    os.kill(min(_loading(before)), number)
+    began = time.monotonic()
+    for step in range(5, 30):
         equal(next(loader), expected[step])
+    assert time.monotonic() - began < 120
     loader.close()
+    assert not _loading(before)
+
+
+def _started_and_ends_well(*args):
+    """In a loading process, where `_started` is the original."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    processes._started(*args)
+
+
+@pytest.mark.slow
+def test_loading_processes_end_with_a_run_that_was_killed():
+    program = (
+        "from muse_jax import data; from muse_jax.specs import DataSpec\n"
+        "if __name__ == '__main__':\n"
+        "    spec = DataSpec(name='scenes', image_size=16, workers=2)\n"
+        "    loader = data.make_loader(spec, batch_size=4, seed=0)\n"
+        "    next(loader); print('loaded', flush=True); input()"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "loaded\n"
+    loading = pathlib.Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 60
+    while any(pathlib.Path(f"/proc/{child}").exists() for child in loading):
+        assert time.monotonic() < deadline, loading
+        time.sleep(0.1)
