@@ -10,10 +10,12 @@ import functools
 import os
 import pathlib
 import queue
+import shutil
 import signal
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,8 +31,9 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="muse_jax-loading-", ignore_cleanup_errors=True)
-        self.started: Callable[[int, int], None] = functools.partial(_started, self._folder.name, os.getpid())
+        self._folder = tempfile.mkdtemp(prefix="muse_jax-loading-")  # of files whose names are process ids
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self.started: Callable[[int, int], None] = functools.partial(_started, self._folder, os.getpid())
 
     def next(self, iterator: Iterator[Any]) -> Any:
         """The iterator's next element.
@@ -55,7 +58,7 @@ class Processes:
             return element
 
     def _ids(self) -> list[int]:
-        return [int(path.name) for path in pathlib.Path(self._folder.name).iterdir()]
+        return [int(path.name) for path in pathlib.Path(self._folder).iterdir()]
 
     def _trouble(self) -> str | None:
         for process in self._ids():
