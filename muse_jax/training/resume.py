@@ -26,6 +26,7 @@ from absl import logging
 FREE = (
     "mesh",
     "rules",
+    "frozen_rules",
     "checkpoint",
     "sample",
     "profile",
