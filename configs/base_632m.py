@@ -80,9 +80,11 @@ def get_config() -> ml_collections.ConfigDict:
         accumulate=1,
         ema_decay=0.0,  # section 3: none while training; muse_jax.average afterwards
     )
-    # 8 chips together hold what is trained and T5-XXL, an eighth each: less to gather than with more of them.
-    config.mesh = dict(data=-1, fsdp=8, tensor=1, slices=1)
+    # As base_3b.py's: trained parameters 64 ways; T5-XXL's kernels stay on the 4 chips of v4:4x8x8's short side.
+    config.mesh = dict(data=4, fsdp=-1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
+    config.rules.update(mlp="fsdp")
+    config.frozen_rules = dict(batch="fsdp", embed=None, mlp="data", heads="data", vocab=None)
     config.train = dict(
         steps=1_500_000,  # base table; section 3 says 1M
         batch_size=512,  # base table

@@ -95,6 +95,42 @@ class Module:
     entry: str
     partitions: int = 1
 
+    @functools.cached_property
+    def continued(self) -> frozenset[str]:
+        """Names of the exchanges that another instruction of the same channel started.
+
+        libtpu spreads an exchange over several fusions: one that starts it, some that compute meanwhile, one
+        that waits for its end. Each holds an instruction that looks like the exchange itself.
+        """
+        started = {
+            channel(i)
+            for computation in self.computations.values()
+            if async_phase(computation) == "start"
+            for i in computation.instructions.values()
+        } - {""}
+        return frozenset(
+            i.name
+            for computation in self.computations.values()
+            if async_phase(computation) != "start"
+            for i in computation.instructions.values()
+            if channel(i) in started
+        )
+
+
+def channel(instruction: Instruction) -> str:
+    """The number that the parts of an exchange share; "" without one."""
+    found = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
+    return found.group(1) if found else ""
+
+
+def async_phase(computation: Computation) -> str | None:
+    """Whether a fusion's inside is the "start" or the "done" of an exchange that goes on in between."""
+    for instruction in computation.instructions.values():
+        found = re.search(r'custom_call_target="AsyncCollective(Start|Done)"', instruction.attributes)
+        if found:
+            return found.group(1).lower()
+    return None
+
 
 def parse(text: str) -> Module:
     """The module of an HLO text.

@@ -147,10 +147,17 @@ class _Schedule:
         ends: dict[str, tuple[float, bool]] = {}  # of what goes on meanwhile: when, and whether between chips
         for instruction in computation.instructions.values():
             exchange, own = self._exchange(instruction), self._own(computation, instruction)
-            later = instruction.opcode.endswith("-start")
-            if exchange is not None:
+            phase, channel = traffic.asynchronous(self.module, instruction) or ("", "")
+            later = instruction.opcode.endswith("-start") or phase == "start"
+            if phase == "done":
+                end, _ = ends.pop(channel, (clock, True))
+                exposed += max(0.0, end - clock)
+                clock = max(clock, end)
+            elif exchange is not None:
                 links_free = max(clock, links_free) + self.seconds(exchange)
-                ends[instruction.name] = links_free, True
+                ends[channel or instruction.name] = links_free, True
+                if phase:
+                    clock += own
                 if not later:  # a fusion may compute while it exchanges
                     exposed += max(0.0, links_free - clock - own)
                     clock = max(clock + own, links_free)

@@ -334,6 +334,12 @@ class Spec:
     sample: SampleSpec
     deadlines: DeadlinesSpec = dataclasses.field(default_factory=DeadlinesSpec)
     profile: ProfileSpec = dataclasses.field(default_factory=ProfileSpec)
+    frozen_rules: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what is otherwise for frozen networks
+
+    @property
+    def rules_of_frozen(self) -> Mapping[str, Any]:
+        """The rules of networks that are read and not trained."""
+        return {**self.rules, **self.frozen_rules}
 
     @property
     def condition_length(self) -> int:
@@ -363,8 +369,9 @@ def from_config(config: Any) -> Spec:
         "profile": ProfileSpec,
     }
     built = {name: _build(cls, tree.get(name, {}), name) for name, cls in rest.items()}
-    rules = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(tree.get("rules", {})).items()}
-    spec = Spec(seed=_convert(int, tree.get("seed", 0), "seed"), task=task, model=model, rules=rules, **built)
+    for name in ("rules", "frozen_rules"):
+        built[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(tree.get(name, {})).items()}
+    spec = Spec(seed=_convert(int, tree.get("seed", 0), "seed"), task=task, model=model, **built)
     _check_misfits(spec)
     return spec
 
@@ -475,7 +482,7 @@ def _check_misfits(spec: Spec) -> None:
             f"train.batch_size {spec.train.batch_size} is not a multiple of optimizer.accumulate "
             f"{spec.optimizer.accumulate}; change one of them."
         )
-    for axis in spec.rules.values():
+    for axis in (*spec.rules.values(), *spec.frozen_rules.values()):
         for name in (axis,) if isinstance(axis, str) else axis or ():
             _one_of(name, ("data", "fsdp", "tensor"), "a mesh axis in rules")
     if isinstance(spec.model, VQGANSpec):

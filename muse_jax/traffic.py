@@ -28,6 +28,8 @@ def own_bytes(module: hlo.Module, computation: hlo.Computation, instruction: hlo
         sides = instruction.leaves[:2]
         return sum(not leaf.fast for leaf in sides) * min((leaf.bytes for leaf in sides), default=0.0)
     inner = module.computations.get(instruction.called.get("calls", "")) if opcode == "fusion" else None
+    if (found := asynchronous(module, instruction)) is not None and found[0] == "done":
+        return 0.0  # what arrived was counted as the start's
     total = 0.0
     for index, name in enumerate(instruction.operands):
         made = computation.instructions.get(name)
@@ -67,7 +69,7 @@ def _used(module: hlo.Module, inner: hlo.Computation, value: hlo.Instruction) ->
             total += _used(module, inner, user) * (value.bytes / user.bytes if user.bytes else 1.0)
         elif user.opcode in ("dynamic-slice", "slice", "gather") and first:
             total += user.leaves[0].size * value.bytes / max(value.leaves[0].size, 1)
-        elif user.opcode == "dynamic-update-slice" and first:
+        elif (user.opcode == "dynamic-update-slice" and first) or _passes_on(inner, user):
             continue
         elif user.opcode == "fusion":
             nested = module.computations[user.called["calls"]]
@@ -79,6 +81,11 @@ def _used(module: hlo.Module, inner: hlo.Computation, value: hlo.Instruction) ->
     return total
 
 
+def _passes_on(inner: hlo.Computation, user: hlo.Instruction) -> bool:
+    """A fusion's outputs may be operands that it leaves alone, as the buffers of an exchange that goes on meanwhile."""
+    return (user.opcode == "tuple" and user.name == inner.root.name) or _kind(user.opcode) is not None
+
+
 def _written(computation: hlo.Computation, instruction: hlo.Instruction, inner: hlo.Computation | None) -> float:
     where, root = (computation, instruction) if inner is None else (inner, inner.root)
     while root.opcode == "bitcast" and (made := where.operand(root, 0)) is not None:
@@ -88,6 +95,8 @@ def _written(computation: hlo.Computation, instruction: hlo.Instruction, inner: 
         return _slow(instruction)
     total = 0.0
     for output, leaf in zip(outputs, instruction.leaves, strict=True):
+        if inner is not None and root.opcode == "tuple" and (output.opcode == "parameter" or _kind(output.opcode)):
+            continue
         update = where.operand(output, 1) if output.opcode == "dynamic-update-slice" else None
         total += 0.0 if leaf.fast else leaf.bytes if update is None else update.bytes
     return total
@@ -114,7 +123,7 @@ class Collective:
 def collective(module: hlo.Module, instruction: hlo.Instruction) -> Collective | None:
     """The exchange that an instruction starts, if it does."""
     kind = _kind(instruction.opcode)
-    if kind is None or instruction.opcode.endswith("-done"):
+    if kind is None or instruction.opcode.endswith("-done") or instruction.name in module.continued:
         return None
     group = _group(instruction.attributes) or tuple(range(module.partitions))  # "{}": all of them
     sizes = [leaf.bytes for leaf in instruction.leaves]
@@ -123,6 +132,15 @@ def collective(module: hlo.Module, instruction: hlo.Instruction) -> Collective |
     others = (len(group) - 1) / max(len(group), 1)
     factor = {"all-gather": others, "all-reduce": 2 * others, "reduce-scatter": len(group) - 1, "all-to-all": others}
     return Collective(kind, sum(sizes) * factor.get(kind, 1.0), group)
+
+
+def asynchronous(module: hlo.Module, instruction: hlo.Instruction) -> tuple[str, str] | None:
+    """("start" or "done", channel) of a fusion that starts or ends an exchange that goes on during other fusions."""
+    inner = module.computations.get(instruction.called.get("calls", "")) if instruction.opcode == "fusion" else None
+    if inner is None or (phase := hlo.async_phase(inner)) is None:
+        return None
+    channels = (hlo.channel(i) for i in inner.instructions.values() if _kind(i.opcode))
+    return phase, next(channels, "")
 
 
 def _kind(opcode: str) -> str | None:

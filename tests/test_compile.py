@@ -22,7 +22,8 @@ SECTIONS = {
     "estimate": ("compute_s", "memory_s", "interconnect_s", "step_s", "utilisation", "days_1m_steps"),
 }
 without_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install muse_jax[tpu_compile]"
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install muse_jax[test] on Python 3.11",
 )
 
 
@@ -64,19 +65,19 @@ def test_stages_that_are_not_there_yet_are_those_of_the_configs_beside():
 
 def test_meshes_of_chips_that_need_not_exist():
     spec = spec_of("base_3b.py").mesh
-    assert dict(ahead.abstract_mesh(spec, 256).shape) == {"data": 8, "fsdp": 32, "tensor": 1}
-    with pytest.raises(specs.SpecError, match="100 chips"):
-        ahead.abstract_mesh(spec, 100)
+    assert dict(ahead.abstract_mesh(spec, 256).shape) == {"data": 4, "fsdp": 64, "tensor": 1}
+    with pytest.raises(specs.SpecError, match="102 chips"):
+        ahead.abstract_mesh(spec, 102)
 
 
 def test_frozen_networks_are_split_over_the_mesh():
     program = ahead.program(spec_of("base_3b.py"), ahead.abstract_mesh(spec_of("base_3b.py").mesh), CONFIGS)
     text = program.frozen["text_encoder"]["encoder"]["layers"]["mlp"]["wi_0"]["kernel"]
     assert text.dtype == jnp.bfloat16
-    assert text.sharding.shard_shape(text.shape) == (24, 4096 // 32, 10240 // 8)
+    assert text.sharding.shard_shape(text.shape) == (24, 4096, 10240 // 4)
     leaves = jax.tree.leaves(program.frozen)
     here = sum(jnp.dtype(x.dtype).itemsize * int(jnp.prod(jnp.array(x.sharding.shard_shape(x.shape)))) for x in leaves)
-    assert here < 0.02 * sum(x.size * x.dtype.itemsize for x in leaves)
+    assert here < 0.27 * sum(x.size * x.dtype.itemsize for x in leaves)
     assert program.mesh.axis_names == sharding.AXES
 
 
@@ -114,7 +115,7 @@ def report(tmp_path: pathlib.Path, *arguments: str) -> dict:
 
 
 @without_libtpu
-@pytest.mark.tpu_compile
+@pytest.mark.compile
 def test_a_run_on_cpu_does_not_touch_libtpu():
     """Whether or not JAX_PLATFORMS says that it is one."""
     program = "import muse_jax, jax; jax.devices(); print('libtpu.so' in open('/proc/self/maps').read())"
@@ -125,9 +126,9 @@ def test_a_run_on_cpu_does_not_touch_libtpu():
 
 
 @without_libtpu
-@pytest.mark.tpu_compile
+@pytest.mark.compile
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("config", ["base_3b.py", "base_3b.py:precomputed"])
+@pytest.mark.parametrize("config", ["base_3b.py", pytest.param("base_3b.py:precomputed", marks=pytest.mark.slow)])
 def test_the_3b_step_on_the_papers_pod(tmp_path, config):
     found = report(tmp_path, f"--config=configs/{config}", "--topology=v4:4x8x8")
     assert found["chips"] == 256
@@ -138,14 +139,14 @@ def test_the_3b_step_on_the_papers_pod(tmp_path, config):
 
 
 @without_libtpu
-@pytest.mark.tpu_compile
+@pytest.mark.compile
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "config",
     [
         "base_632m.py",
         "superres_512.py",
-        "superres_268m.py",
+        pytest.param("superres_268m.py", marks=pytest.mark.slow),
         "vqgan_f16_256.py",
         "vqgan_f8_512.py",
         "decoder_f8_512.py",
@@ -160,7 +161,8 @@ def test_the_other_steps_fit_the_papers_pod(tmp_path, config):
 
 
 @without_libtpu
-@pytest.mark.tpu_compile
+@pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x8x8", "v6e:16x16"])
 def test_the_3b_step_on_later_chips(tmp_path, topology):
@@ -168,7 +170,7 @@ def test_the_3b_step_on_later_chips(tmp_path, topology):
 
 
 @without_libtpu
-@pytest.mark.tpu_compile
+@pytest.mark.compile
 @pytest.mark.timeout(3600)
 def test_sampling_by_class_on_one_chip(tmp_path):
     arguments = ("--config=configs/maskgit_imagenet256.py", "--topology=v4:2x2x1", "--mode=sample")
@@ -176,9 +178,8 @@ def test_sampling_by_class_on_one_chip(tmp_path):
 
 
 @without_libtpu
-@pytest.mark.tpu_compile
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.compile
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_sampling_on_one_chip(tmp_path, batch):
     arguments = ("--config=configs/superres_512.py", "--topology=v4:2x2x1", "--mode=sample", f"--batch={batch}")
     assert set(report(tmp_path, *arguments)["programs"]) == {"base", "superres", "decoder"}

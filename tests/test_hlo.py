@@ -188,3 +188,63 @@ def test_a_group_has_the_links_of_the_axes_that_it_spans():
     gather, reduce = 6 * 8 * 8 * 4 * 3 / 4, 6 * 2 * 4 * 4
     assert one == pytest.approx(gather / 1 + reduce / 1)
     assert two == pytest.approx(gather / 2 + reduce / 1)
+
+
+# A gather that libtpu spreads over three fusions: it starts, a product goes on meanwhile, it ends.
+SPREAD = """HloModule spread, num_partitions=4
+
+%start (p0: f32[2,8]) -> (f32[2,8], f32[8,8], u32[]) {
+  %p0 = f32[2,8]{1,0} parameter(0)
+  %all-gather.1 = f32[8,8]{1,0} all-gather(%p0), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %begin = (f32[2,8]{1,0}, f32[8,8]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%product (q0: f32[2,8], q1: f32[8,8], q2: f32[4,8], q3: f32[8,6]) -> (f32[4,6], f32[2,8], f32[8,8], f32[8,8]) {
+  %q2 = f32[4,8]{1,0} parameter(2)
+  %q3 = f32[8,6]{1,0} parameter(3)
+  %dot = f32[4,6]{1,0} dot(%q2, %q3), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %q0 = f32[2,8]{1,0} parameter(0)
+  %q1 = f32[8,8]{1,0} parameter(1)
+  %all-gather.2 = f32[8,8]{1,0} all-gather(%q0), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %all = (f32[4,6]{1,0}, f32[2,8]{1,0}, f32[8,8]{1,0}, f32[8,8]{1,0}) tuple(%dot, %q0, %q1, %all-gather.2)
+}
+
+%end (r0: f32[2,8], r1: f32[8,8], r2: u32[]) -> f32[8,8] {
+  %r0 = f32[2,8]{1,0} parameter(0)
+  %r1 = f32[8,8]{1,0} parameter(1)
+  %r2 = u32[]{:S(2)} parameter(2)
+  %all-gather.3 = f32[8,8]{1,0} all-gather(%r0), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %wait = f32[8,8]{1,0} custom-call(%r0, %r1, %all-gather.3, %r2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[2,8], y: f32[4,8], z: f32[8,6]) -> f32[8,8] {
+  %x = f32[2,8]{1,0} parameter(0)
+  %y = f32[4,8]{1,0} parameter(1)
+  %z = f32[8,6]{1,0} parameter(2)
+  %f1 = (f32[2,8]{1,0}, f32[8,8]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, calls=%start
+  %g0 = f32[2,8]{1,0} get-tuple-element(%f1), index=0
+  %g1 = f32[8,8]{1,0} get-tuple-element(%f1), index=1
+  %g2 = u32[]{:S(2)} get-tuple-element(%f1), index=2
+  %f2 = (f32[4,6]{1,0}, f32[2,8]{1,0}, f32[8,8]{1,0}, f32[8,8]{1,0}) fusion(%g0, %g1, %y, %z), kind=kOutput, calls=%product
+  %h0 = f32[2,8]{1,0} get-tuple-element(%f2), index=1
+  %h1 = f32[8,8]{1,0} get-tuple-element(%f2), index=2
+  ROOT %f3 = f32[8,8]{1,0} fusion(%h0, %h1, %g2), kind=kCustom, calls=%end
+}
+"""  # noqa: E501
+
+
+def test_an_exchange_that_is_spread_over_fusions_counts_once():
+    module = hlo.parse(SPREAD)
+    gathered = 8 * 8 * 4 * 3 / 4
+    assert traffic.collectives(module) == {"all-gather": {"count": 1, "bytes": gathered}}
+    main = module.computations["main"]
+    # The product reads and writes its own; the buffers that pass by are the start's, which the end doesn't copy.
+    own = {name: traffic.own_bytes(module, main, main.instructions[name]) for name in ("f2", "f3")}
+    assert own == {"f2": 4 * (4 * 8 + 8 * 6 + 4 * 6), "f3": 0.0}
+    chip = roofline.Chip(flops=1.0, memory_bytes=0, memory_rate=1e30, link_rate=0.1, torus=3)
+    slow = roofline.estimate(module, chip)
+    product = 2 * 4 * 6 * 8.0
+    assert slow.step == pytest.approx(gathered / 0.1)
+    assert slow.exposed == pytest.approx(gathered / 0.1 - product)
+    quick = roofline.estimate(module, roofline.Chip(1.0, 0, 1e30, 10.0, 3))
+    assert (quick.step, quick.exposed) == (pytest.approx(product), 0.0)

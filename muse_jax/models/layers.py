@@ -1,8 +1,9 @@
 """Layers that the transformers are put together from. Parameters carry logical axis names."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -52,6 +53,16 @@ def gathered(kernel: Any, names: Sequence[str | None], dtype: Any) -> Any:
     batch = _mesh_axes(nn.logical_to_mesh_axes((axes.BATCH,))[0])
     kept = [tuple(axis for axis in _mesh_axes(entry) if axis not in batch) or None for entry in stored]
     return _gather(kernel, stored, PartitionSpec(*kept))
+
+
+@contextlib.contextmanager
+def ruled(rules: Mapping[str, Any]) -> Iterator[None]:
+    """Other rules for what is traced within; where there are none, on one device, there are none within either."""
+    if not nn.get_logical_axis_rules():
+        yield
+        return
+    with nn.logical_axis_rules(tuple(rules.items())):
+        yield
 
 
 def _mesh_axes(entry: Any) -> tuple[str, ...]:

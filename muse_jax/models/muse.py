@@ -105,6 +105,8 @@ class TokenTransformer(nn.Module):
         deterministic: bool = True,
     ) -> transformer.Memory:
         """Everything that the layers attend to. An all-False `text_mask` drops the text."""
+        # A frozen text encoder may have had its examples split otherwise (config.frozen_rules).
+        text_embeddings = nn.with_logical_constraint(text_embeddings, (axes.BATCH, axes.TEXT, None))
         memory = self.text_norm(self.text_projection(text_embeddings))
         mask = text_mask
         if self.super_resolution:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from muse_jax import specs
-from muse_jax.models import predictors, t5, vqgan
+from muse_jax.models import layers, predictors, t5, vqgan
 from muse_jax.sampling import guidance, sampler, schedules
 from muse_jax.tasks import corruption, losses
 from muse_jax.tasks.task import Batch, Mean, Metrics, Params
@@ -218,9 +218,10 @@ class TokensTask:
         embeddings = batch.get("text_embeddings")
         if embeddings is None:
             # The text as it is: only the layers that attend to it see that it was dropped.
-            embeddings = self._apply(
-                params, frozen, "encode_text", batch["text_ids"], batch["text_mask"], rngs is None, rngs=rngs
-            )
+            text = (batch["text_ids"], batch["text_mask"], rngs is None)
+            rules = self.spec.rules if self.text_encoder is None else self.spec.rules_of_frozen
+            with layers.ruled(rules):
+                embeddings = self._apply(params, frozen, "encode_text", *text, rngs=rngs)
         return self._apply(params, frozen, "condition", embeddings, text_mask, low_tokens, rngs is None, rngs=rngs)
 
     def _apply(self, params: Params, frozen: Params, method: str, *args: Any, rngs: Mapping | None = None) -> Any:

@@ -27,6 +27,7 @@ from absl import logging
 FREE = (
     "mesh",
     "rules",
+    "frozen_rules",
     "checkpoint",
     "sample",
     "deadlines",

@@ -67,7 +67,7 @@ class Program:
         self.batch_sharding = sharding.batch_sharding(mesh, spec.rules)
         state = jax.eval_shape(self._initial, stream_key(spec.seed, INIT))
         self.state = _abstract(state, self._state_shardings(state, boxes))
-        specs = sharding.param_specs(frozen, spec.rules, mesh)
+        specs = sharding.param_specs(frozen, spec.rules_of_frozen, mesh)
         frozen = sharding.unbox(frozen)
         self.frozen = _abstract(frozen, sharding.shardings(frozen, specs, mesh))
 

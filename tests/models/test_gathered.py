@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from muse_jax import specs
-from muse_jax.models import axes, layers
+from muse_jax.models import axes, layers, t5
 from muse_jax.training import sharding
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 16)), jnp.float32)
@@ -38,3 +38,28 @@ def test_gradients_are_those_of_one_device():
 def test_on_one_device_nothing_is_said_about_layout():
     params = sharding.unbox(DENSE.init(jax.random.key(0), X)["params"])
     assert "sharding_constraint" not in lowered(specs.MeshSpec(1, 1, 1), params).as_text()
+
+
+def test_a_frozen_encoder_multiplies_its_kernels_where_they_lie():
+    """With rules of its own that split kernels over `data`, and examples not: nothing is gathered but activations."""
+    encoder = t5.T5Encoder(vocabulary_size=12, layers=2, width=16, heads=4, head_dim=6, mlp_width=40)
+    ids = jnp.asarray(np.random.default_rng(1).integers(1, 12, (8, 5)), jnp.int32)
+    mask = ids > 2
+    boxes = encoder.init(jax.random.key(0), ids, mask)["params"]
+    params = sharding.unbox(boxes)
+    rules = {**specs.RULES, "batch": ("fsdp",), "embed": None, "mlp": "data", "heads": "data", "vocab": None}
+    mesh = sharding.make_mesh(specs.MeshSpec(data=2, fsdp=4))
+
+    def embed(params, ids, mask):
+        with layers.ruled(rules):
+            return encoder.apply({"params": params}, ids, mask)
+
+    placed = jax.device_put(params, sharding.shardings(params, sharding.param_specs(boxes, rules, mesh), mesh))
+    batch = jax.device_put((ids, mask), sharding.batch_sharding(mesh, specs.RULES))
+    with sharding.layout(mesh, specs.RULES):
+        program = jax.jit(embed).lower(placed, *batch).compile()
+    np.testing.assert_allclose(program(placed, *batch), jax.jit(embed)(params, ids, mask), atol=1e-5)
+    gathered = [line for line in program.as_text().splitlines() if " all-gather(" in line]
+    kernels = ("16,40", "40,16", "16,24", "24,16")
+    assert not [line for line in gathered if any(f"[{shape}]" in line for shape in kernels)]
+    assert "all-reduce(" in program.as_text(), "the parts of the products are added up"

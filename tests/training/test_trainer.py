@@ -215,7 +215,7 @@ def mutations():
     free = ("mesh.", "checkpoint.", "sample.", "data.workers", "data.prefetch", "data.path", "data.eval_split",
             "task.init_from", "task.perceptual_weights", "train.log_every", "train.eval_every", "train.eval_batches",
             "train.sample_every", "train.stop_after_nonfinite", "train.compare_every", "train.donate", "rules.",
-            "deadlines.", "profile.")  # fmt: skip
+            "deadlines.", "frozen_rules", "profile.")  # fmt: skip
 
     def leaves(tree, path=""):
         for key, value in tree.items():
