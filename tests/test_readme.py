@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What cannot run inside a test, and what runs it instead.
 ELSEWHERE = {
     "pip install -e . && python -m muse_jax.quickstart": "tests/test_quickstart.py",
-    "pip install -e '.[test]' && pytest -m \"not slow\"": ".ci/run",
+    "pip install -e '.[test]' && pytest -m \"not slow\" -n 2 --dist loadfile": ".ci/run",
     "python -m muse_jax.quickstart --variant=long --workdir=runs/long": "tests/test_configs.py",
     "python docs/emoji.py runs/emoji-pictures": "tests/docs/test_emoji.py",
     "pytest": ".ci/run",
