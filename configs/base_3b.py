@@ -102,6 +102,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         sample_every=5_000,
     )
     config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
+    config.deadlines = dict(specs.DEADLINES)
     config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=24,  # section 2.8

@@ -291,6 +291,9 @@ class DeadlinesSpec:
     heartbeat: float = 60.0  # until a process of which nothing is heard counts as dead
 
 
+DEADLINES: Mapping[str, float] = dataclasses.asdict(DeadlinesSpec())  # for configs, so that flags may change them
+
+
 @dataclasses.dataclass(frozen=True)
 class ProfileSpec:
     """Steps that are recorded for xprof, in the workdir."""

@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 

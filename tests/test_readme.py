@@ -21,6 +21,8 @@ ELSEWHERE = {
     "python docs/emoji.py runs/emoji-pictures": "tests/docs/test_emoji.py",
     "pytest": ".ci/run",
     "python -m muse_jax.compile --config=configs/base_3b.py --topology=v4:4x8x8": "tests/test_compile.py",
+    "for i in 0 1; do python -m muse_jax.train --config=configs/scenes/base.py --workdir=runs/two "
+    "--coordinator=localhost:8476 --num_processes=2 --process_id=$i & done; wait": "tests/test_train.py",
 }
 SLOW = (
     "--configs=configs/pictures",

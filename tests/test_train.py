@@ -1,0 +1,79 @@
+"""The command as two processes start it, and what it says where they don't fit together."""
+
+import os
+import pathlib
+import re
+import shlex
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from muse_jax.training import logs
+from muse_jax.training.checkpoint import load_stage
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COMMAND = re.search(r"^for i in 0 1; do (python .*) & done; wait$", (ROOT / "README.md").read_text(), re.MULTILINE)[1]
+
+
+def start(index, port, *more):
+    """Starts the README's command as process `index`, on the tiny variant."""
+    command = COMMAND.replace("base.py", "base.py:tiny").replace("8476", str(port)).replace("$i", str(index))
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    words = [sys.executable, *shlex.split(command)[1:], *more]
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def finish(processes):
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo between processes")
+def test_two_processes_of_the_readme_train_as_one_does(tmp_path):
+    """Text, a frozen tokenizer, evaluation and previews included."""
+    changes = [
+        "--config.model.codebook_size=512",
+        "--config.train.steps=4",
+        "--config.train.log_every=1",
+        "--config.checkpoint.every_steps=2",
+    ]
+    port = free_port()
+    ended = finish([start(i, port, *changes, f"--workdir={tmp_path}/two") for i in range(2)])
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert f"{tmp_path}/two finished: step 4" in ended[0][1]
+    one = [word for word in COMMAND.replace("base.py", "base.py:tiny").split()[1:] if "proc" not in word]
+    one = [word for word in one if "coordinator" not in word]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    words = [sys.executable, *one, *changes, f"--workdir={tmp_path}/one"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [logs.read_metrics(tmp_path / name) for name in ("two", "one")]
+    losses = [[line["loss"] for line in one if "loss" in line] for one in lines]
+    assert len(losses[0]) == 4
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    params = [load_stage(tmp_path / name).params for name in ("two", "one")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *params)
+    names = [sorted(path.name for path in (tmp_path / name / "samples").iterdir()) for name in ("two", "one")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+def test_processes_with_other_configs_are_told_which_keys_differ(tmp_path):
+    port = free_port()
+    changes = [f"--workdir={tmp_path}", "--config.train.steps=4"]
+    ended = finish([start(i, port, *changes, f"--config.seed={i}") for i in range(2)])
+    assert [code for code, _ in ended] == [1, 1], ended
+    assert all("the config is not that of process 0: seed" in output for _, output in ended)
