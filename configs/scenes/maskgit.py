@@ -2,7 +2,7 @@
 
     python -m muse_jax.train --config=configs/scenes/maskgit.py --workdir=runs/maskgit/base
 
-About 4 minutes on 2 CPU cores. Its tokenizer comes with the package; another one's folder is given with
+Its tokenizer comes with the package; another one's folder is given with
 --config.task.tokenizer=DIR. Variants: "" and "tiny" (for tests).
 """
 
