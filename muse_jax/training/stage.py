@@ -87,7 +87,7 @@ def save_stage(
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        arrays = {name: np.ascontiguousarray(leaf) for name, leaf in trees.named_leaves(params).items()}
+        arrays = {name: np.asarray(leaf, order="C") for name, leaf in trees.named_leaves(params).items()}
         prints = {name: trees.fingerprint_numpy(leaf) for name, leaf in arrays.items()}
         safetensors.save_file(
             arrays, draft / PARAMS, metadata={"fingerprints": json.dumps(prints), "step": str(int(step))}
