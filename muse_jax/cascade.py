@@ -35,6 +35,10 @@ def lower(
       base: the stage of the base model before a super-resolution model.
       decoder: the stage that makes pictures of tokens; by default the model's own tokenizer.
     """
+    if isinstance(spec.model, specs.PaellaSpec):
+        raise specs.SpecError(
+            "model.name is 'paella', whose sampler can't be compiled ahead of time; try --mode=train."
+        )
     where = SingleDeviceSharding(device)
     stages = {"base": spec}
     if isinstance(spec.model, specs.SuperResSpec):

@@ -1,9 +1,16 @@
-"""Edits a picture by a prompt: inpainting, outpainting, or mask-free editing (Muse, section 3.3).
+"""Edits a picture by a prompt: inpainting, outpainting, or mask-free editing (Muse, section 3.3); and Paella's ways.
 
     python -m muse_jax.edit --image=photo.png --prompt="..." --mask_image=mask.png    # white is repainted
     python -m muse_jax.edit --image=photo.png --prompt="..." --box=10,10,40,40        # left, top, right, bottom
     python -m muse_jax.edit --image=photo.png --prompt="..." --right=32 --bottom=16   # extended by these pixels
     python -m muse_jax.edit --image=photo.png --prompt="..."                          # all of it, little by little
+
+With the pipeline of a Paella model (arXiv 2211.07292, section 4) as --pipeline also:
+
+    python -m muse_jax.edit --image=photo.png --prompt="..." --strength=0.5           # 0 keeps the image, 1 ignores it
+    python -m muse_jax.edit --image=photo.png --variations                            # others like it, without a prompt
+    python -m muse_jax.edit --prompt="..." --prompt="..." --interpolate=5             # pictures from one to the other
+    python -m muse_jax.edit --prompt="..." --prompt="..." --compose --width=64        # each prompt its own region
 
 Without --pipeline the small one for generated scenes is used that comes with the package. With a
 pipeline of classes (MaskGIT) --class_label="red circle" takes the prompt's place. Any size
@@ -30,6 +37,9 @@ from absl import app, flags
 from muse_jax import sample
 
 SIDES = ("left", "top", "right", "bottom")
+WITHOUT_IMAGE = ("interpolate", "compose")
+# Of the methods, as edits.json has them; what else made a picture is in it by other names.
+ARGUMENTS = (*SIDES, "mask_image", "blend", "share", "strength", "num_pictures", "regions")
 
 
 def method_of(values: flags.FlagValues) -> tuple[str, dict[str, Any]]:
@@ -38,6 +48,13 @@ def method_of(values: flags.FlagValues) -> tuple[str, dict[str, Any]]:
     Raises:
       ValueError: for flags that don't go together.
     """
+    ways = [name for name in ("variations", *WITHOUT_IMAGE) if values[name].value]
+    if values.region and not values.compose:
+        raise ValueError("--region is of --compose; give both.")
+    if len(ways) > 1 or (ways and (values.strength is not None or values.box or values.mask_image)):
+        raise ValueError(f"--{ways[0]} is a way of its own; leave the flags of the other ways out.")
+    if ways:
+        return ways[0], _own(values, ways[0])
     amounts = {side: values[side].value for side in SIDES if values[side].value}
     if values.box and values.mask_image:
         raise ValueError("--box and --mask_image both say what to repaint; give one of them.")
@@ -48,8 +65,32 @@ def method_of(values: flags.FlagValues) -> tuple[str, dict[str, Any]]:
     if amounts:
         return "outpaint", {**amounts, "blend": values.blend}
     if mask is None or values.mask_free:
-        return "edit", {"mask_image": mask, "share": values.share, "history": True}
+        chosen = {name: values[name].value for name in ("share", "strength") if values[name].value is not None}
+        return "edit", {"mask_image": mask, **chosen, "history": True}
     return "inpaint", {"mask_image": mask, "blend": values.blend}
+
+
+def _own(values: flags.FlagValues, way: str) -> dict[str, Any]:
+    """The arguments of a way that has flags of its own."""
+    if way == "interpolate":
+        return {"num_pictures": values.interpolate}
+    if way == "compose" and values.region:
+        return {"regions": [tuple(float(number) for number in region.split(",")) for region in values.region]}
+    return {}
+
+
+def _shared(values: flags.FlagValues, pipeline: Any, name: str) -> dict[str, Any]:
+    """The arguments that ways have in common; some have no prompt, no image, or a number of pictures of their own."""
+    arguments = {"seed": values.seed, "output_type": "uint8", **sample.settings_given(values)}
+    if name != "variations":
+        negative = values.negative_prompt
+        arguments["prompt"] = sample.prompts_given(values, pipeline)
+        arguments["negative_prompt"] = negative[0] if negative and len(negative) == 1 else negative
+    if name not in WITHOUT_IMAGE:
+        arguments["image"] = values.image
+    if name != "interpolate":
+        arguments["num_images_per_prompt"] = values.num_images_per_prompt * values.best_of
+    return arguments
 
 
 def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]:
@@ -62,39 +103,32 @@ def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any
     from muse_jax.evaluation import ranking
     from muse_jax.sampling.pipeline import MusePipeline
 
-    if not values.image:
-        raise ValueError("--image is missing; give the picture to edit.")
     name, arguments = method_of(values)
+    if not values.image and name not in WITHOUT_IMAGE:
+        raise ValueError("--image is missing; give the picture to edit.")
+    if values.best_of > 1 and name in ("variations", *WITHOUT_IMAGE):
+        raise ValueError(f"--best_of needs one prompt a picture to compare with, which --{name} has not.")
     pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
-    prompts = sample.prompts_given(values, pipeline)
+    if not hasattr(pipeline, name):
+        raise ValueError(f"--{name} is for Paella's models; name a pipeline that has one with --pipeline.")
+    arguments |= _shared(values, pipeline, name)
     if values.best_of > 1:
-        ranking.check(sample.captions(pipeline, prompts))
-    each = values.num_images_per_prompt * values.best_of
-    negative = values.negative_prompt
-    output = getattr(pipeline, name)(
-        prompts,
-        values.image,
-        negative_prompt=negative[0] if negative and len(negative) == 1 else negative,
-        num_images_per_prompt=each,
-        seed=values.seed,
-        output_type="uint8",
-        **arguments,
-        **sample.settings_given(values),
-    )
+        ranking.check(sample.captions(pipeline, arguments["prompt"]))
+    output = getattr(pipeline, name)(**arguments)
     kept = list(range(len(output.prompts)))
     if values.best_of > 1:
         kept = ranking.best(output.images, sample.captions(pipeline, output.prompts), values.best_of)
     out = pathlib.Path(values.out)
     pictures = _write(out, output, kept, values.image, strip=name == "edit")
     about = {"command": list(command), "method": name, "pipeline": values.pipeline or "packaged"}
-    given = {key: value for key, value in arguments.items() if key != "history"}
+    given = {key: value for key, value in arguments.items() if key in ARGUMENTS}
     record = {**about, "image": values.image, **given, "best_of": values.best_of, "settings": output.settings}
     record |= {"manifest": pipeline.manifest, "pictures": pictures, "versions": versions()}
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     sample.write_whole(out / "edits.json", lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
     for picture in pictures:
         print(f"{out / picture['file']}    {picture['prompt']}")
-    print(f"Beside what was given in {out / 'grid.png'}, what made them in {out / 'edits.json'}.")
+    print(f"All together in {out / 'grid.png'}, what made them in {out / 'edits.json'}.")
     return record
 
 
@@ -111,10 +145,12 @@ def _write(out: pathlib.Path, output: Any, kept: Sequence[int], image: str, stri
     names = sample.file_names(prompts, seeds)
     for name, index in zip(names, kept, strict=True):
         sample.write_whole(out / name, Image.fromarray(output.images[index]).save)
-    given = np.asarray(transforms.to_rgb(transforms.upright(transforms.open_image(image))))
     shown = slice(sample.GRID_PROMPTS)
     titles = [vocabulary.clean(prompt) for prompt in prompts][shown]
-    columns = {"given": [given] * len(titles), "made": [output.images[i] for i in kept][shown]}
+    columns = {"made": [output.images[i] for i in kept][shown]}
+    if image:
+        given = np.asarray(transforms.to_rgb(transforms.upright(transforms.open_image(image))))
+        columns = {"given": [given] * len(titles), **columns}
     sample.write_whole(out / "grid.png", lambda path: figures.samples(path, titles, columns))
     if strip:
         rows = {f"seed {seeds[n]}": output.decoding(i)["base"].images for n, i in enumerate(kept[:4])}
@@ -132,7 +168,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list("box", [], "left,top,right,bottom in pixels of the image, instead of a mask.", values)
     flags.DEFINE_bool("mask_free", False, "With a mask: mask-free editing within it.", values)
     flags.DEFINE_bool("blend", True, "Put the original's pixels back where nothing was repainted.", values)
-    flags.DEFINE_float("share", 0.08, "Mask-free: share of the tokens drawn at each iteration.", flag_values=values)
+    flags.DEFINE_float(
+        "share", None, "Mask-free: share of the tokens drawn at each iteration; 0.08.", flag_values=values
+    )
+    flags.DEFINE_float("strength", None, "Paella: 0 keeps the image, 1 ignores it; by default 2/3.", flag_values=values)
+    flags.DEFINE_bool("variations", False, "Paella: pictures like the image; no prompt.", values)
+    flags.DEFINE_integer(
+        "interpolate", None, "Paella: so many pictures from one prompt to another.", flag_values=values
+    )
+    flags.DEFINE_bool("compose", False, "Paella: several prompts, each for a region of one picture.", values)
+    flags.DEFINE_multi_string("region", None, "left,top,right,bottom of each prompt; by default columns.", values)
     for side in SIDES:
         flags.DEFINE_integer(side, 0, f"Pixels to extend the picture by: {side}.", 0, flag_values=values)
     values.set_default("out", "edits")

@@ -35,6 +35,7 @@ NUMBERS = {
     "token_temperature": "Of the softmax that tokens are drawn from; 0 takes the likeliest.",
     "choice_temperature": "Of the noise on the confidence; more makes pictures more varied.",
     "top_p": "Draw from the likeliest codes that together have this probability; 1 is off.",
+    "typical_p": "Draw from the most typical codes that together have this probability; 1 is off.",
     "guidance_power": "Of the ramp power_cosine: the higher, the later guidance sets in.",
     "guidance_start": "Time in [0, 1] from which there is guidance.",
     "guidance_end": "Time in [0, 1] until which there is guidance.",
@@ -43,6 +44,10 @@ NUMBERS = {
 COUNTS = {
     "num_inference_steps": "Decoding steps.",
     "top_k": "Draw from the k likeliest codes; 0 is off.",
+}
+SIZES = {  # of a model that makes pictures of any size
+    "height": "Pixels of the pictures.",
+    "width": "Pixels of the pictures.",
 }
 NAMES = {
     "schedule": "Mask schedule: cosine, linear, square, cubic, circle, arccos, sqrt, log or exponential.",
@@ -190,12 +195,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
                 define(prefix + name, None, f"{stage}: {text}", flag_values=values)
         for name, text in NAMES.items():
             flags.DEFINE_string(prefix + name, None, f"{stage}: {text}", values)
+    for name, text in SIZES.items():
+        flags.DEFINE_integer(name, None, f"Paella: {text}", 1, flag_values=values)
 
 
 def settings_given(values: flags.FlagValues) -> dict[str, Any]:
     """The sampler settings among the flags, for a pipeline's call."""
     names = [prefix + name for prefix in ("", "superres_") for name in (*NUMBERS, *COUNTS, *NAMES)]
-    return {name: values[name].value for name in names if values[name].value is not None}
+    return {name: values[name].value for name in (*names, *SIZES) if values[name].value is not None}
 
 
 def prompts_given(values: flags.FlagValues, pipeline: Any) -> list[str]:

@@ -131,7 +131,32 @@ class MaskGITSpec:
     dtype: str = "float32"
 
 
-MODELS = {"vqgan": VQGANSpec, "base": BaseSpec, "superres": SuperResSpec, "maskgit": MaskGITSpec}
+@dataclasses.dataclass(frozen=True)
+class PaellaSpec:
+    """Paella's U-Net (Rampas et al. 2022); each level has half the rows and columns of the one before."""
+
+    codebook_size: int
+    grid: tuple[int, int]  # image tokens: rows, columns; sampling may have others
+    widths: tuple[int, ...]  # of the levels
+    down_blocks: tuple[int, ...]  # blocks of each level on the way down
+    up_blocks: tuple[int, ...]  # of each level on the way up, in the same order
+    text: TextEncoderSpec
+    heads: int = 0  # of the blocks' attention to the text's words; 0: none, the text is one vector
+    picture_encoder: bool = False  # whether it can be conditioned on a picture instead of a text
+    layer_scale: float = 1e-6  # what the residual branches are multiplied by at the start
+    dropout: float = 0.0
+    remat: str = "none"
+    unroll: int = 1
+    dtype: str = "float32"
+
+
+MODELS = {
+    "vqgan": VQGANSpec,
+    "base": BaseSpec,
+    "superres": SuperResSpec,
+    "maskgit": MaskGITSpec,
+    "paella": PaellaSpec,
+}
 
 # ----------------------------------------------------------------------------------------- task
 
@@ -162,10 +187,12 @@ class TokensTaskSpec:
     low_tokenizer: str = ""  # super-resolution: stage folder of the low-resolution tokenizer
     text_dropout: float = 0.1  # share of examples without their text or class (guidance, section 2.7)
     label_smoothing: float = 0.0
+    corruption: str = "mask"  # what stands at masked places: "mask", the mask id, or "noise", random codes (Paella)
     mask_schedule: str = "cosine"
     min_mask_ratio: float = 0.0
     visible_weight: float = 0.0  # weight of the loss on places that are not masked
     low_corruption: float = 0.0  # highest share of low-resolution tokens replaced at random
+    picture_share: float = 0.0  # share of examples conditioned on their own picture instead of the text (Paella)
     codebook_init: bool = False  # start token embeddings as a random projection of the tokenizers' codes
 
 
@@ -317,6 +344,7 @@ class SampleSpec:
     choice_temperature: float = 4.5
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # 1: off
+    typical_p: float = 1.0  # locally typical sampling; 1: off
     selection_rule: str = "most_confident"  # what is masked again after a step; see sampling/selection.py
     remasking: float = 0.1  # of the rule "remask": highest share of the settled tokens at a step
 
@@ -491,7 +519,7 @@ def _check_misfits(spec: Spec) -> None:
     if isinstance(spec.model, VQGANSpec):
         _check_tokenizer(spec)
     else:
-        _check_transformer(spec)
+        _check_predictor(spec)
 
 
 def mixture_parts(data: DataSpec) -> dict[str, tuple[float, DataSpec]]:
@@ -569,20 +597,56 @@ def _check_tokenizer(spec: Spec) -> None:
         )
 
 
-def _check_transformer(spec: Spec) -> None:
+def _check_predictor(spec: Spec) -> None:
     model = spec.model
     if not isinstance(spec.task, TokensTaskSpec):
         raise SpecError("this model predicts tokens; it needs task.name 'tokens'.")
-    if model.width % model.heads:
-        raise SpecError(f"model.width {model.width} is not a multiple of model.heads {model.heads}.")
-    _one_of(model.attention, ("xla", "cudnn"), "model.attention")
-    if model.attention == "cudnn" and model.dtype not in ("bfloat16", "float16"):
-        raise SpecError(f"model.attention 'cudnn' has kernels for 16 bits only; model.dtype is {model.dtype!r}.")
+    if isinstance(model, PaellaSpec):
+        _check_paella(spec)
+    else:
+        _check_transformer(spec)
     if not spec.task.tokenizer:
         raise SpecError(
             "task.tokenizer is empty; name the folder of a trained tokenizer (--config.task.tokenizer=DIR)."
         )
     _check_condition(spec)
+
+
+def _check_paella(spec: Spec) -> None:
+    model = spec.model
+    if spec.task.corruption != "noise":
+        raise SpecError(f"task.corruption is {spec.task.corruption!r}, but Paella has no mask id; set it to 'noise'.")
+    if not len(model.widths) == len(model.down_blocks) == len(model.up_blocks) > 0:
+        raise SpecError(
+            f"model.widths {model.widths}, model.down_blocks {model.down_blocks} and model.up_blocks {model.up_blocks} "
+            "say different numbers of levels; give one number for each level in all three."
+        )
+    for name in ("widths", "down_blocks", "up_blocks"):
+        if min(getattr(model, name)) < 1:
+            raise SpecError(f"model.{name} is {getattr(model, name)}; expected at least 1 for each level.")
+    if min(model.grid) < 2 ** len(model.widths):
+        raise SpecError(
+            f"model.grid is {model.grid}, but of {len(model.widths)} levels the coarsest has two rows and columns only "
+            f"with {2 ** len(model.widths)} of each; take a larger grid or fewer levels."
+        )
+    for width in model.widths if model.heads else ():
+        if width % model.heads:
+            raise SpecError(f"model.widths {model.widths} are not all multiples of model.heads {model.heads}.")
+    if spec.task.picture_share and not model.picture_encoder:
+        raise SpecError("task.picture_share needs an encoder of pictures; set model.picture_encoder=True.")
+
+
+def _check_transformer(spec: Spec) -> None:
+    model = spec.model
+    if spec.task.corruption != "mask":
+        raise SpecError(f"task.corruption is {spec.task.corruption!r}; the transformers need 'mask'.")
+    if spec.task.picture_share:
+        raise SpecError("task.picture_share is of Paella alone; the transformers read texts.")
+    if model.width % model.heads:
+        raise SpecError(f"model.width {model.width} is not a multiple of model.heads {model.heads}.")
+    _one_of(model.attention, ("xla", "cudnn"), "model.attention")
+    if model.attention == "cudnn" and model.dtype not in ("bfloat16", "float16"):
+        raise SpecError(f"model.attention 'cudnn' has kernels for 16 bits only; model.dtype is {model.dtype!r}.")
     if isinstance(model, SuperResSpec):
         if not spec.task.low_tokenizer:
             raise SpecError(

@@ -154,6 +154,7 @@ def test_the_3b_step_on_the_papers_pod(tmp_path, config):
         "maskgit_imagenet512.py",
         "vqgan_imagenet256.py",
         "vqgan_imagenet512.py",
+        "paella_f8_256.py",
     ],
 )
 def test_the_other_steps_fit_the_papers_pod(tmp_path, config):

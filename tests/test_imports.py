@@ -24,6 +24,7 @@ ARROWS = {
     # It alone puts prompts, models and decode loops together.
     "sampling.editing": ("sampling", "data.transforms"),
     "sampling.pipeline": ("sampling", "specs", "models", "text", "training.checkpoint"),
+    "sampling.paella": ("sampling", "models"),
     "data": ("data", "text", "specs"),
     "text": ("text", "specs"),
     "evaluation": ("evaluation", "specs", "data.scenes"),

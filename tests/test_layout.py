@@ -21,6 +21,7 @@ CONFIGS = [
     "maskgit_imagenet512.py",
     "vqgan_imagenet256.py",
     "vqgan_imagenet512.py",
+    "paella_f8_256.py",
 ]
 # Of the model itself; Muse names the first three sizes (abstract, section 3.1). MaskGIT's table 1 has 227M with the
 # tokenizer's 54M.
@@ -30,6 +31,7 @@ SIZES = {
     "superres_268m.py": (0.96 * 268e6, 1.04 * 268e6),
     "maskgit_imagenet256.py": (0.96 * 173e6, 1.04 * 173e6),
     "maskgit_imagenet512.py": (0.96 * 173e6, 1.04 * 173e6),
+    "paella_f8_256.py": (0.99 * 578e6, 1.01 * 578e6),  # its 573M, token embedding and classifier
 }
 
 

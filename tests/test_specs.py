@@ -72,6 +72,22 @@ SUPERRES = {
 }
 
 
+PAELLA = {
+    **BASE,
+    "task": {**BASE["task"], "corruption": "noise"},
+    "model": {
+        "name": "paella",
+        "codebook_size": 64,
+        "grid": [8, 8],
+        "widths": [32, 32],
+        "down_blocks": [1, 2],
+        "up_blocks": [2, 1],
+        "heads": 2,
+        "text": TEXT,
+    },
+}
+
+
 def _changed(config, path, value):
     config = copy.deepcopy(config)
     *sections, key = path.split(".")
@@ -82,7 +98,7 @@ def _changed(config, path, value):
     return config
 
 
-@pytest.mark.parametrize("config", [TOKENIZER, BASE, SUPERRES], ids=["tokenizer", "base", "superres"])
+@pytest.mark.parametrize("config", [TOKENIZER, BASE, SUPERRES, PAELLA], ids=["tokenizer", "base", "superres", "paella"])
 def test_round_trip_through_json(config):
     spec = specs.from_config(ConfigDict(config))
     assert specs.from_config(json.loads(json.dumps(specs.to_config(spec)))) == spec
@@ -103,6 +119,14 @@ def test_values_arrive():
     ("config", "path", "value", "words"),
     [
         (BASE, "train.stepz", 5, ["train.stepz", "'steps'"]),
+        (BASE, "task.corruption", "noise", ["task.corruption", "'mask'"]),
+        (BASE, "task.picture_share", 0.1, ["task.picture_share", "Paella"]),
+        (PAELLA, "task.corruption", "mask", ["task.corruption", "'noise'"]),
+        (PAELLA, "task.picture_share", 0.1, ["task.picture_share", "model.picture_encoder"]),
+        (PAELLA, "model.widths", [32, 32, 32], ["model.widths", "one number for each level"]),
+        (PAELLA, "model.up_blocks", [2, 0], ["model.up_blocks", "at least 1"]),
+        (PAELLA, "model.grid", [2, 8], ["model.grid", "4 of each"]),
+        (PAELLA, "model.heads", 3, ["model.widths", "model.heads 3"]),
         (BASE, "optimiser", {}, ["config.optimiser", "'optimizer'"]),
         (BASE, "model.text.with", 5, ["model.text.with", "'width'"]),
         (BASE, "train.steps", "many", ["train.steps", "'many'", "int"]),

@@ -17,7 +17,7 @@ STAGES = ("tokenizer_low", "tokenizer_high", "base", "superres", "decoder")  # i
 MODELS = {
     "tokenizer_low": (specs.VQGANSpec,),
     "tokenizer_high": (specs.VQGANSpec,),
-    "base": (specs.BaseSpec, specs.MaskGITSpec),
+    "base": (specs.BaseSpec, specs.MaskGITSpec, specs.PaellaSpec),
     "superres": (specs.SuperResSpec,),
     "decoder": (specs.VQGANSpec,),  # fine-tuned; without it the finest tokenizer's own is used
 }
@@ -112,6 +112,8 @@ def check(stages: Mapping[str, specs.Spec]) -> None:
     low, base = (stages[name].model for name in NEEDED)
     _same("base", "codes", base.codebook_size, "tokenizer_low", low.codebook_size)
     if "superres" in stages:
+        if isinstance(base, specs.PaellaSpec):
+            raise PipelineError("base is a Paella model, whose pictures have one resolution; leave superres out.")
         high, superres = (stages[name].model for name in HIGH)
         _same("superres", "codes", superres.codebook_size, "tokenizer_high", high.codebook_size)
         _same("superres", "low-resolution codes", superres.low_codebook_size, "base", base.codebook_size)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Predict = Callable[[Int[Array, "b n"]], Float[Array, "b n v"]]
+Predict = Callable[..., Float[Array, "b n v"]]  # of tokens [b, n] and, if it is told, the time
 GuidedPredict = Callable[[Int[Array, "b n"], Any], Float[Array, "b n v"]]  # also takes the sampler's `Step`
 
 
@@ -81,19 +81,23 @@ def guide(conditional: Float[Array, "*any"], unconditional: Float[Array, "*any"]
     return conditional + (scale - 1) * (conditional - unconditional)
 
 
-def unguided(predict: Predict) -> GuidedPredict:
-    """A predictor for the sampler that uses one branch only."""
-    return lambda tokens, step: predict(tokens)
+def unguided(predict: Predict, timed: bool = False) -> GuidedPredict:
+    """A predictor for the sampler that uses one branch only; see `guided`."""
+    return lambda tokens, step: predict(tokens, step.t) if timed else predict(tokens)
 
 
-def guided(predict_both: Predict) -> GuidedPredict:
+def guided(predict_both: Predict, timed: bool = False) -> GuidedPredict:
     """Guided logits from one call on a batch of 2b: conditional first, then unconditional.
 
     One call instead of two reads the weights once a step, and the products have twice the rows.
+
+    Args:
+      timed: whether the predictor also takes the step's time in [0, 1), as Paella's does.
     """
+    both = unguided(predict_both, timed)
 
     def predict(tokens: Int[Array, "b n"], step: Any) -> Float[Array, "b n v"]:
-        conditional, unconditional = jnp.split(predict_both(jnp.concatenate([tokens, tokens])), 2)
+        conditional, unconditional = jnp.split(both(jnp.concatenate([tokens, tokens]), step), 2)
         scale = jnp.reshape(step.guidance, (-1, 1, 1))  # one for all, or one an example
         return guide(conditional, unconditional, scale)
 

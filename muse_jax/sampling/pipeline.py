@@ -28,7 +28,8 @@ from muse_jax.text import vocabulary
 from muse_jax.training import checkpoint
 
 STREAMS = {"base": 0, "superres": 1}  # of the stages' randomness
-PER_PICTURE = ("guidance_scale", "token_temperature", "choice_temperature", "top_p")  # numbers; lists are welcome
+# Numbers; lists are welcome.
+PER_PICTURE = ("guidance_scale", "token_temperature", "choice_temperature", "top_p", "typical_p")
 PER_CALL = (
     *("num_inference_steps", "schedule", "guidance_ramp", "guidance_power", "guidance_start", "guidance_end"),
     *("top_k", "selection_rule", "remasking"),
@@ -83,7 +84,15 @@ class MusePipeline(editing.Editing):
             if not (folder / pipeline_folder.FILE).exists():
                 raise PipelineError("This installation has no packaged pipeline; name a pipeline folder.")
         paths, manifest = pipeline_folder.read(folder)
-        return cls({name: checkpoint.load_stage(path) for name, path in paths.items()}, manifest, **settings)
+        return cls._of({name: checkpoint.load_stage(path) for name, path in paths.items()}, manifest, **settings)
+
+    @classmethod
+    def _of(cls, stages: Mapping[str, checkpoint.Stage], *args: Any, **settings: Any) -> "MusePipeline":
+        """The pipeline of stages: `PaellaPipeline` if the base model is one of Paella's."""
+        from muse_jax.sampling.paella import PaellaPipeline  # a kind of this class
+
+        paella = "base" in stages and isinstance(stages["base"].spec.model, specs.PaellaSpec)
+        return (PaellaPipeline if paella else cls)(stages, *args, **settings)
 
     @classmethod
     def assemble(
@@ -102,7 +111,7 @@ class MusePipeline(editing.Editing):
           manifest: of its making: command, seed, versions, figures.
           dtype: as in `save`.
         """
-        pipeline = cls({name: checkpoint.load_stage(path) for name, path in stages.items()}, manifest)
+        pipeline = cls._of({name: checkpoint.load_stage(path) for name, path in stages.items()}, manifest)
         pipeline.save(out, dtype)
         return pipeline
 

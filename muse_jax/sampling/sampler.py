@@ -25,36 +25,42 @@ class Step(NamedTuple):
     """One row of a plan. Numbers are scalars, or [b] where examples differ."""
 
     index: Any
-    t: Any  # time in [0, 1): the share of the steps done before this one
+    t: Any  # time in [0, 1); of a decode from nothing the share of the steps done before this one
     still_masked: Any  # how many places are masked after it
     guidance: Any
     token_temperature: Any
     choice_temperature: Any
     top_p: Any
     remasking: Any
+    typical_p: Any
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["still_masked", "guidance", "token_temperature", "choice_temperature", "top_p", "remasking"],
-    meta_fields=["top_k", "nucleus", "select"],
+    data_fields=[
+        *("t", "still_masked", "guidance", "token_temperature", "choice_temperature", "top_p", "typical_p", "remasking")
+    ],
+    meta_fields=["top_k", "nucleus", "typical", "select"],
 )
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything a decode loop needs besides tokens, predictor and keys.
 
-    The fields up to remasking are arrays, so that other values run the same compiled program; another
-    number of steps, another top_k, another rule, or top-p switched on, compile again.
+    The fields up to remasking are arrays, so that other values run the same compiled program; another number
+    of steps, another top_k, another rule, or top-p or typical-p switched on, compile again.
     """
 
+    t: Any  # float32 [steps]: time in [0, 1) of each step
     still_masked: Any  # int32 [steps, tokens + 1]: looked up by the number masked at the start
     guidance: Any  # this and the next: float32 [steps], or [steps, b] where examples differ
     token_temperature: Any
     choice_temperature: Any
     top_p: Any
+    typical_p: Any
     remasking: Any  # float32 [steps]
     top_k: int = 0  # 0: every code
     nucleus: bool = False  # whether top_p is looked at
+    typical: bool = False  # whether typical_p is
     select: Select = selection.most_confident
 
     @property
@@ -85,8 +91,10 @@ def make_plan(
     choice_temperature: float | np.ndarray = 4.5,
     top_k: int = 0,
     top_p: float | np.ndarray = 1.0,
+    typical_p: float | np.ndarray = 1.0,
     selection_rule: str = "most_confident",
     remasking: float = 0.1,
+    start_time: float = 0.0,
 ) -> Plan:
     """The plan of a decode; the words are those of a config's `sample` section.
 
@@ -103,8 +111,10 @@ def make_plan(
       choice_temperature: of the noise on the confidence; falls linearly to 0 at the last step.
       top_k: draw from the k likeliest codes; 0 is off.
       top_p: draw from the likeliest codes that together have this probability; 1 is off.
+      typical_p: the same of the codes whose surprise is nearest to the one expected, see `typical`; 1 is off.
       selection_rule: a name in `selection.RULES`.
       remasking: of the rule "remask", see there; in [0, 1].
+      start_time: in [0, 1), where what is masked at the start is what is masked then.
 
     Raises:
       ValueError: naming the setting that cannot be.
@@ -114,6 +124,7 @@ def make_plan(
         "token_temperature": token_temperature,
         "choice_temperature": choice_temperature,
         "top_p": top_p,
+        "typical_p": typical_p,
         "guidance_power": guidance_power,
         "remasking": remasking,
     }
@@ -123,8 +134,9 @@ def make_plan(
             raise ValueError(f"{name} is {bad[0]}; expected a finite number of at least 0.")
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps is {num_inference_steps}; expected at least 1.")
-    if np.min(top_p) == 0 or np.max(top_p) > 1:
-        raise ValueError(f"top_p is {np.max(top_p)}; expected more than 0 and at most 1 (off).")
+    for name, value in (("top_p", top_p), ("typical_p", typical_p)):
+        if np.min(value) == 0 or np.max(value) > 1:
+            raise ValueError(f"{name} is {np.max(value)}; expected more than 0 and at most 1 (off).")
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}; expected at least 1, or 0 (off).")
     if remasking > 1:
@@ -138,17 +150,21 @@ def make_plan(
         raise ValueError(f"selection_rule is {selection_rule!r}; expected one of {known}.")
     constant = np.ones(num_inference_steps)
     annealed = 1 - np.arange(1, num_inference_steps + 1) / num_inference_steps
+    done = np.arange(num_inference_steps) / num_inference_steps
     return Plan(
-        still_masked=schedules.counts(schedule, num_inference_steps, np.arange(tokens + 1)),
+        t=(start_time + (1 - start_time) * done).astype(np.float32),
+        still_masked=schedules.counts(schedule, num_inference_steps, np.arange(tokens + 1), start_time),
         guidance=guidance.scales(
             guidance_ramp, num_inference_steps, guidance_scale, guidance_power, (guidance_start, guidance_end)
         ),
         token_temperature=np.multiply.outer(constant, token_temperature).astype(np.float32),
         choice_temperature=np.multiply.outer(annealed, choice_temperature).astype(np.float32),
         top_p=np.multiply.outer(constant, top_p).astype(np.float32),
+        typical_p=np.multiply.outer(constant, typical_p).astype(np.float32),
         remasking=np.multiply.outer(constant, remasking).astype(np.float32),
         top_k=top_k,
         nucleus=bool(np.min(top_p) < 1),
+        typical=bool(np.min(typical_p) < 1),
         select=selection.RULES[selection_rule](*(grid or (1, tokens))),
     )
 
@@ -160,8 +176,9 @@ def draw(
     *,
     top_k: int = 0,
     top_p: Float[Array, ""] | float | None = None,
+    typical_p: Float[Array, ""] | float | None = None,
 ) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
-    """Draws a token for every place: temperature, then top-k, then top-p.
+    """Draws a token for every place: temperature, then top-k, then top-p, then typical-p.
 
     The Gumbel-max trick, argmax(logits + temperature * noise), draws from softmax(logits /
     temperature) and takes the likeliest at temperature 0. Nothing is sorted, except the k of top-k.
@@ -169,6 +186,7 @@ def draw(
     Args:
       top_k: 0 is off. Of equal logits at the border the codes with the lower ids stay.
       top_p: None is off; else in (0, 1]. The likeliest code always stays.
+      typical_p: None is off; else in (0, 1]. The most typical code always stays.
 
     Returns:
       tokens, and the log-probability of each under softmax(logits), without temperature or filters.
@@ -176,9 +194,10 @@ def draw(
     total = jax.nn.logsumexp(logits, axis=-1)
     values, ids = jax.lax.top_k(logits, min(top_k, logits.shape[-1])) if top_k else (logits, None)
     allowed = values
-    if top_p is not None:
-        p = jax.nn.softmax((values - values.max(axis=-1, keepdims=True)) / jnp.maximum(temperature, 1e-6), axis=-1)
-        allowed = jnp.where(nucleus(p, top_p), values, -jnp.inf)
+    for keep, mass in ((nucleus, top_p), (typical, typical_p)):
+        if mass is not None:
+            scaled = (allowed - allowed.max(axis=-1, keepdims=True)) / jnp.maximum(temperature, 1e-6)
+            allowed = jnp.where(keep(jax.nn.softmax(scaled, axis=-1), mass), allowed, -jnp.inf)
     # A flat draw gives the same numbers, and XLA compiles it for the CPU in a fifth of the time.
     noise = jax.random.gumbel(key, (values.size,)).reshape(values.shape)
     rank = _argmax(allowed + temperature * noise)[:, None]
@@ -196,12 +215,31 @@ def nucleus(p: Float[Array, "*n v"], top_p: Float[Array, ""] | float) -> Bool[Ar
     >>> nucleus(jnp.array([0.1, 0.5, 0.3, 0.1]), 0.6).tolist()
     [False, True, True, False]
     """
-    bits = jax.lax.bitcast_convert_type(p.astype(jnp.float32), jnp.int32)
+    return _first(p, p, top_p)
+
+
+def typical(p: Float[Array, "*n v"], typical_p: Float[Array, ""] | float) -> Bool[Array, "*n v"]:
+    """Locally typical codes (Meister et al. 2022, section 4): as surprising as is to be expected.
+
+    Those whose -log p is nearest to the entropy, until they reach probability typical_p together;
+    Paella takes 0.2.
+
+    >>> typical(jnp.array([0.5, 0.3, 0.1, 0.1]), 0.2).tolist()
+    [False, True, False, False]
+    """
+    surprise = -jnp.log(p)
+    entropy = jnp.sum(jnp.where(p > 0, p * surprise, 0), axis=-1, keepdims=True)
+    return _first(1 / (1 + jnp.abs(surprise - entropy)), p, typical_p)
+
+
+def _first(order: Float[Array, "*n v"], p: Float[Array, "*n v"], mass: Any) -> Bool[Array, "*n v"]:
+    """The codes first in order, the highest numbers, until they have the probability `mass`; order is at least 0."""
+    bits = jax.lax.bitcast_convert_type(order.astype(jnp.float32), jnp.int32)
 
     def halve(_, interval):
         outside, inside = interval
         middle = outside + (inside - outside) // 2
-        fits = jnp.sum(jnp.where(bits > middle, p, 0), axis=-1, keepdims=True) < top_p
+        fits = jnp.sum(jnp.where(bits > middle, p, 0), axis=-1, keepdims=True) < mass
         return jnp.where(fits, outside, middle), jnp.where(fits, middle, inside)
 
     top = bits.max(axis=-1, keepdims=True)
@@ -212,6 +250,16 @@ def _argmax(x: Float[Array, "*n v"]) -> Int[Array, "*n"]:
     """`jnp.argmax` as two plain reductions: XLA's CPU backend runs its own five times slower."""
     last = x.shape[-1] - 1
     return jnp.min(jnp.where(x == x.max(axis=-1, keepdims=True), jnp.arange(last + 1), last), axis=-1)
+
+
+def noise(keys: jax.Array, tokens: int, codebook_size: int) -> Int[Array, "b n"]:
+    """A random code for each place, of each example by its key: what Paella starts from and goes back to.
+
+    `decode` renoises as Paella does with this as `mask_id`, `revisable` and the rule `selection.anywhere`.
+    Differs from the paper: its code puts each place back by a coin of its own; here the count is exact.
+    """
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2**31 - 1)  # no step's
+    return jax.vmap(lambda key: jax.random.randint(key, (tokens,), 0, codebook_size))(keys)
 
 
 def decode(
@@ -268,12 +316,13 @@ def _rows(plan: Plan, still_masked: Int[Array, "steps b"]) -> Step:
     index = jnp.arange(plan.steps)
     return Step(
         index=index,
-        t=index / plan.steps,
+        t=plan.t,
         still_masked=still_masked,
         guidance=plan.guidance,
         token_temperature=plan.token_temperature,
         choice_temperature=plan.choice_temperature,
         top_p=plan.top_p,
+        typical_p=plan.typical_p,
         remasking=plan.remasking,
     )
 
@@ -282,6 +331,7 @@ def _propose(key, logits, tokens, log_prob, open_, known, step: Step, *, plan: P
     """One example's step: a token for every open place, how likely each was, and which places are masked again."""
     key_token, key_choice = jax.random.split(key)
     top_p = step.top_p if plan.nucleus else None
-    token, likely = draw(key_token, logits, step.token_temperature, top_k=plan.top_k, top_p=top_p)
+    typical_p = step.typical_p if plan.typical else None
+    token, likely = draw(key_token, logits, step.token_temperature, top_k=plan.top_k, top_p=top_p, typical_p=typical_p)
     predicted, log_prob = jnp.where(open_, token, tokens), jnp.where(open_, likely, log_prob)
     return predicted, log_prob, select(key_choice, selection.Drawn(predicted, log_prob, open_, known), step)

@@ -105,7 +105,17 @@ def masked_share(schedule: str, t: Share, tokens: Share = 256) -> Share:
     return SCHEDULES[schedule](t, tokens)
 
 
-def counts(schedule: str, steps: int, initially_masked: int | np.ndarray) -> np.ndarray:
+def time(schedule: str, share: float | np.ndarray, tokens: int = 256) -> np.ndarray:
+    """The time at which so many are masked: the inverse of `masked_share`, to about 1e-6.
+
+    >>> round(float(time("cosine", 0.5)), 4)
+    0.6667
+    """
+    t = np.linspace(1.0, 0.0, 1 << 16)
+    return np.asarray(np.interp(share, masked_share(schedule, t, np.float64(tokens)), t), np.float32)
+
+
+def counts(schedule: str, steps: int, initially_masked: int | np.ndarray, start_time: float = 0.0) -> np.ndarray:
     """How many tokens are still masked after each decoding step.
 
     MaskGIT's rule: floor(initially_masked * share((step + 1) / steps)), but every step keeps at
@@ -119,6 +129,7 @@ def counts(schedule: str, steps: int, initially_masked: int | np.ndarray) -> np.
       schedule: a name in `SCHEDULES`.
       steps: decoding steps, at least 1.
       initially_masked: numbers of masked tokens, any shape.
+      start_time: in [0, 1), at which decoding starts; so many are masked then.
 
     Returns:
       int32 [steps, *initially_masked.shape].
@@ -132,8 +143,12 @@ def counts(schedule: str, steps: int, initially_masked: int | np.ndarray) -> np.
         raise ValueError(f"{steps} decoding steps; expected at least 1.")
     start = np.asarray(initially_masked, np.int64)
     rows, now = [], start
+
+    def share_at(t: float) -> Share:
+        return masked_share(schedule, np.float64(start_time + (1 - start_time) * t), start.astype(np.float64))
+
     for step in range(steps - 1):
-        share = masked_share(schedule, np.float64((step + 1) / steps), start.astype(np.float64))
+        share = share_at((step + 1) / steps) / (share_at(0.0) if start_time else 1.0)
         # 1e-9: what is a whole number on paper, such as 24 * (1 - 1/24), may be a hair less in float64.
         target = np.floor(start * share + 1e-9).astype(np.int64)
         now = np.minimum(np.maximum(np.minimum(target, now - 1), 1), start)

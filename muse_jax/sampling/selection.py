@@ -52,7 +52,7 @@ def _confidence(key: jax.Array, drawn: Drawn, step: Any) -> Float[Array, " n"]:
 
 
 def anywhere(key: jax.Array, drawn: Drawn, step: Any) -> Bool[Array, " n"]:
-    """Masks places at random, settled or not, among those that may change (Muse section 3.3.2)."""
+    """Masks places at random, settled or not, among those that may change (Muse section 3.3.2; Paella's renoising)."""
     chance = jax.random.uniform(key, drawn.log_prob.shape)
     return lowest(jnp.where(drawn.known, jnp.inf, chance), step.still_masked)
 
@@ -128,6 +128,7 @@ def halton(rows: int, columns: int) -> Callable[[jax.Array, Drawn, Any], Bool[Ar
 # A setting's names, and what makes the rule for a grid of rows and columns; the same function each time.
 RULES: Mapping[str, Callable[[int, int], Callable]] = {
     "most_confident": lambda rows, columns: most_confident,
+    "anywhere": lambda rows, columns: anywhere,
     "halton": halton,
     "remask": lambda rows, columns: remask,
     "revocable": lambda rows, columns: revocable,

@@ -47,6 +47,15 @@ def replace_some(key: jax.Array, tokens: Int[Array, "n"], highest: float, codebo
     return jnp.where(jax.random.uniform(key_place, tokens.shape) < share, random, tokens)
 
 
+def noised(key: jax.Array, tokens: Int[Array, "n"], mask: Bool[Array, "n"], codebook_size: int) -> Int[Array, "n"]:
+    """Random codes in the mask's places: noise instead of a mask id (Paella, arXiv 2211.07292, section 3).
+
+    >>> noised(jax.random.key(0), jnp.array([1, 2]), jnp.array([False, False]), 8).tolist()
+    [1, 2]
+    """
+    return jnp.where(mask, jax.random.randint(key, tokens.shape, 0, codebook_size, tokens.dtype), tokens)
+
+
 def drop_text(key: jax.Array, text_mask: Bool[Array, "t"], share: float) -> Bool[Array, "t"]:
     """Hides the whole text with probability `share`: the unconditional half of guidance (Muse 2.7)."""
     return text_mask & (jax.random.uniform(key) >= share)

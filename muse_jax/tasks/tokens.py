@@ -1,4 +1,4 @@
-"""Learning to predict masked image tokens: base and super-resolution (Muse, sections 2.3, 2.4, 2.6), MaskGIT."""
+"""Learning to predict masked or noised image tokens: Muse (sections 2.3, 2.4, 2.6), MaskGIT, Paella."""
 
 import dataclasses
 import functools
@@ -31,10 +31,11 @@ class Tokenizer(NamedTuple):
 class Corrupted(NamedTuple):
     """What the model sees, and what it is asked."""
 
-    tokens: jax.Array  # [b, n] with the mask id at masked places
+    tokens: jax.Array  # [b, n] with the mask id, or noise, at masked places
     text_mask: jax.Array  # [b, t]
-    low_tokens: jax.Array | None  # [b, l]
+    low_tokens: jax.Array | None  # [b, l]; Paella: the picture that it is conditioned on
     mask: jax.Array  # [b, n]
+    t: jax.Array  # [b] the time at which so many are masked
 
 
 class TokensTask:
@@ -58,6 +59,7 @@ class TokensTask:
         self.spec = spec
         self.model = predictors.from_spec(spec.model)
         self.super_resolution = isinstance(spec.model, specs.SuperResSpec)
+        self.noise = spec.task.corruption == "noise"  # instead of a mask id, and the model is told the time
         self.tokenizers = {"tokenizer": tokenizer} | ({"low_tokenizer": low_tokenizer} if low_tokenizer else {})
         self.text_encoder = text_encoder
         self.places = spec.model.grid[0] * spec.model.grid[1]
@@ -157,7 +159,16 @@ class TokensTask:
                 corruption.replace_some, highest=task.low_corruption, codebook_size=model.low_codebook_size
             )
             low_tokens = jax.vmap(replace)(parts[:, 3], low_tokens)
-        return Corrupted(jnp.where(mask, model.codebook_size, tokens), text_mask, low_tokens, mask)
+        times = jax.vmap(jax.random.uniform)(parts[:, 0])  # of which mask_ratio made the ratios
+        if not self.noise:
+            return Corrupted(jnp.where(mask, model.codebook_size, tokens), text_mask, low_tokens, mask, times)
+        noised = functools.partial(corruption.noised, codebook_size=model.codebook_size)
+        if task.picture_share:
+            shown = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(parts[:, 3])
+            shown = shown[:, None] < task.picture_share
+            low_tokens = jnp.where(shown, tokens, model.codebook_size)
+            text_mask = text_mask & ~shown
+        return Corrupted(jax.vmap(noised)(parts[:, 3], tokens, mask), text_mask, low_tokens, mask, times)
 
     def tokens(self, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
         """The predicted tokens [b, n] and super-resolution's low-resolution ones [b, l].
@@ -204,7 +215,8 @@ class TokensTask:
         self, params: Params, frozen: Params, corrupted: Corrupted, batch: Batch, rngs: Mapping | None
     ) -> jax.Array:
         memory = self._memory(params, frozen, batch, corrupted.text_mask, corrupted.low_tokens, rngs)
-        return self._apply(params, frozen, "logits", corrupted.tokens, memory, rngs is None, rngs=rngs)
+        t = (corrupted.t,) if self.noise else ()
+        return self._apply(params, frozen, "logits", corrupted.tokens, memory, *t, rngs is None, rngs=rngs)
 
     def _memory(
         self,
@@ -257,8 +269,12 @@ class TokensTask:
         every = []
         for ratio in EVALUATED_RATIOS:
             mask = jax.vmap(lambda k, r=ratio: corruption.random_mask(k, r, self.places))(keys)
-            seen = jnp.where(mask, self.spec.model.codebook_size, tokens)
-            logits = self._apply(params, frozen, "logits", seen, memory)
+            seen, t = jnp.where(mask, self.spec.model.codebook_size, tokens), ()
+            if self.noise:
+                noised = functools.partial(corruption.noised, codebook_size=self.spec.model.codebook_size)
+                seen = jax.vmap(noised)(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), tokens, mask)
+                t = (jnp.asarray(schedules.time(self.spec.task.mask_schedule, ratio, self.places)),)
+            logits = self._apply(params, frozen, "logits", seen, memory, *t)
             weights = mask.astype(jnp.float32)
             loss = losses.weighted_example_mean(losses.cross_entropy(logits, tokens), weights)
             right = losses.accuracy(logits, tokens).astype(jnp.float32)
@@ -283,10 +299,16 @@ class TokensTask:
         text_mask = jnp.concatenate([batch["text_mask"], jnp.zeros_like(batch["text_mask"])])
         low_twice = None if low_tokens is None else jnp.concatenate([low_tokens, low_tokens])
         memory = self._memory(params, frozen, twice, text_mask, low_twice)
-        predict = guidance.guided(lambda tokens: self._apply(params, frozen, "logits", tokens, memory))
         keys = corruption.example_keys(key, batch["example_id"])
-        start = jnp.full((text_mask.shape[0] // 2, self.places), model.codebook_size, jnp.int32)
-        tokens, _ = sampler.decode(predict, start, self.plan, keys, model.codebook_size)
+        logits = functools.partial(self._apply, params, frozen, "logits")
+        if self.noise:
+            predict = guidance.guided(lambda tokens, t: logits(tokens, memory, t), timed=True)
+            start = sampler.noise(keys, self.places, model.codebook_size)
+            tokens, _ = sampler.decode(predict, start, self.plan, keys, start, revisable=True)
+        else:
+            predict = guidance.guided(lambda tokens: logits(tokens, memory))
+            start = jnp.full((text_mask.shape[0] // 2, self.places), model.codebook_size, jnp.int32)
+            tokens, _ = sampler.decode(predict, start, self.plan, keys, model.codebook_size)
         tokenizer = vqgan.VQGAN(self.tokenizers["tokenizer"].spec)
         images = tokenizer.apply(
             {"params": frozen["tokenizer"]}, tokens.reshape(-1, *model.grid), method="decode_tokens"

@@ -107,7 +107,7 @@ def save_stage(
 def _write_stage(folder: pathlib.Path, spec: specs.Spec, params: Any, vocabulary: Any, step: int) -> None:
     from safetensors import numpy as safetensors
 
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in trees.named_leaves(params).items()}
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in trees.named_leaves(params).items()}
     prints = {name: trees.fingerprint_numpy(leaf) for name, leaf in arrays.items()}
     safetensors.save_file(
         arrays, folder / PARAMS, metadata={"fingerprints": json.dumps(prints), "step": str(int(step))}

@@ -68,6 +68,13 @@ def superres():
 
 
 @pytest.fixture(scope="module")
+def paella():
+    spec = tiny("paella")
+    spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, codebook_size=32))
+    return compiled(stages.build_task(spec, lambda path: tokenizer_stage("tokenizer_low")))
+
+
+@pytest.fixture(scope="module")
 def params(base):
     return random_params(base)
 
@@ -229,6 +236,35 @@ def test_misfits_are_refused_before_anything_compiles(change, named):
 def test_a_base_model_is_no_tokenizer():
     with pytest.raises(specs.SpecError, match="name a tokenizer"):
         stages.build_task(tiny("base"), lambda path: FakeStage(tiny("base"), {}))
+
+
+def test_paella_sees_noise_where_others_see_the_mask(paella):
+    batch = make_batch(paella, 64)
+    tokens, _, seen = corrupted(paella, batch)
+    codes = paella.spec.model.codebook_size
+    assert jnp.array_equal(jnp.where(seen.mask, tokens, seen.tokens), tokens)
+    assert 0 <= int(seen.tokens.min()) <= int(seen.tokens.max()) < codes
+    noise = np.asarray(seen.tokens)[np.asarray(seen.mask)]
+    counts = np.bincount(noise, minlength=codes)
+    assert counts.max() < 1.5 * counts.mean(), "all codes are equally likely"
+    expected = np.ceil(np.cos(np.pi / 2 * np.asarray(seen.t)) * paella.places)
+    np.testing.assert_allclose(np.asarray(seen.mask).sum(1), expected, atol=1)
+    shown = np.asarray(seen.low_tokens != codes).any(1)
+    assert 0 < shown.mean() < 0.3
+    assert not np.asarray(seen.text_mask)[shown].any(), "a picture takes the text's place"
+    np.testing.assert_array_equal(np.asarray(seen.low_tokens)[shown], np.asarray(tokens)[shown])
+
+
+def test_paella_learns_and_draws_by_the_same_task(paella):
+    batch, params = make_batch(paella), random_params(paella)
+    grads, metrics, _ = paella.grads(params, paella.frozen(), batch, jax.random.key(0), jnp.int32(0))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+    assert float(jnp.abs(grads["unet"]["join0"]["in"]["kernel"]).max()) > 0
+    assert float(jnp.abs(grads["text_encoder"]["token_embedder"]["embedding"]).max()) > 0
+    assert float(metrics["loss"].value()) < 2 * np.log(paella.spec.model.codebook_size)
+    assert np.isfinite(float(paella.evaluate(params, paella.frozen(), batch, jax.random.key(0))["loss"].value()))
+    pictures = paella.samples(params, paella.frozen(), batch, jax.random.key(0))["samples"]
+    assert pictures.shape == (BATCH, 64, 32, 3)
 
 
 @pytest.mark.slow
