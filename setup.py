@@ -18,7 +18,8 @@ WITHOUT_WRONG_SUMS = ">=0.10.1,!=0.10.2,!=0.11.0,!=0.11.1"
 CONFIGS = ["muse_jax.configs", *(f"muse_jax.configs.{name}" for name in setuptools.find_namespace_packages("configs"))]
 
 # For muse_jax.convert. It asks for an older protobuf and pyarrow than others would bring, which they run with.
-CONVERT = ["apache-beam>=2.77", "pyarrow>=18.0"]
+# sentencepiece's protobuf code asks for protobuf 7 from 0.2.3 on, Beam 2.77 for an older one.
+CONVERT = ["apache-beam>=2.77", "pyarrow>=18.0", "sentencepiece<0.2.3"]
 
 setuptools.setup(
     name="muse_jax",

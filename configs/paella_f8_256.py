@@ -97,6 +97,8 @@ def get_config() -> ml_collections.ConfigDict:
         sample_every=5_000,
     )
     config.checkpoint = dict(every_steps=5_000, keep=4)
+    config.deadlines = dict(specs.DEADLINES)
+    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=12,
         schedule="cosine",

@@ -90,6 +90,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.rules = dict(specs.RULES)
     config.train = dict(steps=3000, batch_size=64, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
     config.checkpoint = dict(every_steps=250, keep=2)
+    config.deadlines = dict(specs.DEADLINES)
+    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=12,  # the paper: 8 to 12
         schedule="cosine",

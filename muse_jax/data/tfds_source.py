@@ -133,7 +133,7 @@ class TFDSSource:
     def class_names(self) -> list[str]:
         """The labels' names, with spaces for underscores."""
         label = self._features[self._label_key]
-        return [_as_text(label, i) for i in range(label.num_classes)]
+        return [tfds_features.as_text(label, i) for i in range(label.num_classes)]
 
     def fingerprint(self) -> str:
         """Name, configuration and version of the data set, the split and its number of examples."""
