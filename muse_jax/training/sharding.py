@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.core import meta as flax_meta
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from muse_jax.specs import MeshSpec, Spec, SpecError
 from muse_jax.training import trees
@@ -202,7 +202,7 @@ def check_batch(spec: Spec, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def process_part(sharding: NamedSharding, size: int) -> tuple[int, int]:
+def process_part(sharding: Sharding, size: int) -> tuple[int, int]:
     """(index, count): this process holds the index-th of `count` equal parts of the `size` examples of a batch.
 
     Processes that share a part, as where the axis `tensor` spans them, have the same index.

@@ -178,3 +178,15 @@ def test_a_process_that_is_stuck_ends_the_run_and_is_named(tmp_path):
         assert "process 1 (" in output
     assert any("The others wait for process 1." in output for _, output in ended)
     assert any("process 1" in line and "'data' at step 6" in line for _, out in ended for line in out.splitlines())
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_of_them_for_a_while(two, tmp_path):
+    """Process 1 can't write at step 8: neither saves that step, both train on, and the next one is saved by both."""
+    slowly = {"TOY_PAUSE": "1"}  # so that batches are not loaded long before their steps
+    ended = finish(start(tmp_path, environment=[slowly, {**slowly, "TOY_FULL": "7 10"}]))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert all("saving the checkpoint of step 8 failed, training goes on" in output for _, output in ended)
+    assert "process 1 (" in ended[0][1]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12", "4"]
+    assert fingerprints(tmp_path, 12) == fingerprints(two, 12)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import resource
 import sys
 import time
 
@@ -160,8 +161,12 @@ def batch_of(step: int, size: int, poisoned: bool = False):
 
 def batches(start: int, size: int = 4, poisoned=(), pause: float = 0.0, part=(0, 1), hang_at: int = -1):
     step = start
+    full = [int(word) for word in os.environ.get("TOY_FULL", "").split()]
     while True:
         time.sleep(1e9 if step == hang_at else pause)
+        if step in full:  # files can't grow, those of writers in C++ neither, from the first step to the second
+            most = 100 if step == full[0] else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
         yield part_of(batch_of(step, size, step in poisoned), *part)
         step += 1
 

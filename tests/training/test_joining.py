@@ -1,0 +1,107 @@
+"""What each process finds out by itself: whether there are others, what it reads, and that it is stuck."""
+
+import pathlib
+import subprocess
+import sys
+import typing
+
+import jax
+import pytest
+
+from muse_jax import specs
+from muse_jax.training import hosts, sharding
+
+
+@pytest.mark.parametrize(
+    ("environment", "slice_"),
+    [
+        ({}, False),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}, False),  # as for compiling ahead
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, True),  # GKE
+        ({"TPU_PROCESS_ADDRESSES": "host-0:8471,host-1:8471"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "host-0", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1", "JAX_PLATFORMS": "cpu"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1", "JAX_PLATFORMS": "tpu,cpu"}, True),
+    ],
+)
+def test_a_slice_is_told_by_its_environment(environment, slice_):
+    assert hosts.on_tpu_slice(environment) is slice_
+
+
+def test_one_process_is_joined_only_where_there_are_more(monkeypatch):
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: joined.append((args, options)))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    hosts.start()
+    assert not joined
+    hosts.start("localhost:1234", 2, 1, join_seconds=50.0, heartbeat_seconds=20.0)
+    ((args, options),) = joined
+    assert args == ("localhost:1234", 2, 1)
+    assert options["initialization_timeout"] == 50
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    hosts.start()
+    assert joined[1][0] == (None, None, None)  # jax finds out
+    with pytest.raises(ValueError, match="coordinator given without num_processes, process_id"):
+        hosts.start("localhost:1234")
+    with pytest.raises(ValueError, match="process_id is 2; expected 0 to 1"):
+        hosts.start("localhost:1234", 2, 2)
+
+
+class Device(typing.NamedTuple):
+    process_index: int
+    id: int
+
+
+class Laid(jax.sharding.Sharding):
+    """A sharding of which only is known which rows each process's devices hold."""
+
+    def __init__(self, rows):
+        self._rows = rows  # [(process, first, end)]
+
+    def devices_indices_map(self, _shape):
+        return {Device(process, index): (slice(first, end),) for index, (process, first, end) in enumerate(self._rows)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([(0, 0, 4), (1, 4, 8)], [(0, 2), (1, 2)]),
+        ([(0, 0, 2), (1, 2, 4), (0, 4, 6), (1, 6, 8)], [(0, 2), (1, 2)]),  # a host's chips are no neighbours in a mesh
+        ([(1, 0, 4), (0, 4, 8)], [(1, 2), (0, 2)]),
+        ([(0, 0, 8), (1, 0, 8)], [(0, 1), (0, 1)]),  # `tensor` spans both: each needs every row
+        ([(0, 0, 4), (1, 0, 4), (2, 4, 8), (3, 4, 8)], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_each_process_reads_the_rows_that_its_devices_hold(rows, parts, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: len(parts))
+    for process, expected in enumerate(parts):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert sharding.process_part(Laid(rows), 8) == expected
+
+
+def test_parts_that_overlap_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(specs.SpecError, match="no division into equal parts"):
+        sharding.process_part(Laid([(0, 0, 6), (1, 4, 8)]), 8)
+
+
+def test_a_phase_that_lasts_too_long_ends_the_process_and_is_named():
+    program = (
+        "import time; from muse_jax.specs import DeadlinesSpec; from muse_jax.training.watchdog import Watchdog\n"
+        "def waiting(): time.sleep(100)\n"
+        "with Watchdog(DeadlinesSpec(save=1.0)) as watch:\n"
+        "    watch.enter('step', 6); time.sleep(1.5); watch.enter('save', 7); waiting()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 124
+    assert "'save' at step 7 has taken" in done.stderr
+    assert "deadlines.save allows 1 s" in done.stderr
+    assert "<string>:2 waiting" in done.stderr
+    assert "Thread 0x" in done.stderr  # the stacks of all threads
+
+
+def test_every_config_has_the_deadlines_so_that_flags_may_change_them():
+    for path in pathlib.Path(__file__).parents[2].joinpath("configs").rglob("*.py"):
+        if "config.checkpoint = " in path.read_text(encoding="utf-8"):
+            assert "config.deadlines = " in path.read_text(encoding="utf-8"), path
