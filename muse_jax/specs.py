@@ -234,6 +234,7 @@ class TrainSpec:
     sample_every: int = 0  # previews of fixed prompts; 0: at the end only
     stop_after_nonfinite: int = 10  # such steps in a row that end the run
     donate: bool = True  # the new state takes the old one's memory; False keeps both
+    tpu_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # XLA's, for compiling the step for TPUs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,7 @@ FREE = (
     "train.sample_every",
     "train.stop_after_nonfinite",
     "train.donate",
+    "train.tpu_options",
 )
 LENGTH = "train.steps"
 
