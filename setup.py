@@ -66,8 +66,7 @@ setuptools.setup(
     ],
     extras_require={
         "convert": CONVERT,
-        # For muse_jax.compile: libtpu of the version that this jax asks for. With it installed, set
-        # JAX_PLATFORMS=cpu where jax should not look for a TPU.
+        # For muse_jax.compile: libtpu of the version that this jax asks for.
         "tpu_compile": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
         "tpu": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
         "cuda": [f"jax[cuda12]{WITHOUT_WRONG_SUMS}"],
@@ -80,7 +79,7 @@ setuptools.setup(
             "nbclient>=0.10",
             "kubernetes>=34.1",  # its models know the fields and types of manifests
             # For the tests that compile the big configs; of one Python only, since they take minutes.
-            f"jax[tpu]{WITHOUT_WRONG_SUMS}; python_version < '3.12' and platform_machine == 'x86_64'",
+            f"jax[tpu]{WITHOUT_WRONG_SUMS}; python_version < '3.12' and sys_platform == 'linux'",
             "pytest>=9.0",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",

@@ -58,6 +58,7 @@ def get_config() -> ml_collections.ConfigDict:
         relative_positions=False,  # section 2.4: learned absolute positions
         remat="none",
         unroll=1,
+        attention="xla",  # see base_3b.py
         dtype="bfloat16",  # of products; parameters, norms, softmax and the optimizer are float32
     )
     config.data = dict(
@@ -82,6 +83,7 @@ def get_config() -> ml_collections.ConfigDict:
         weight_decay=0.045,  # super-resolution table
         clip_norm=0.0,  # not in the paper; Adafactor clips each parameter's update
         accumulate=1,
+        gradient_dtype="float32",  # see base_3b.py
         ema_decay=0.0,  # section 3: none while training; muse_jax.average afterwards
     )
     # As base_3b.py's: trained parameters 64 ways; T5-XXL's kernels stay on the 4 chips of v4:4x8x8's short side.
@@ -96,6 +98,7 @@ def get_config() -> ml_collections.ConfigDict:
         eval_every=5_000,  # with the checkpoints
         eval_batches=8,
         sample_every=5_000,
+        donate=True,  # see base_3b.py
     )
     config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
     config.deadlines = dict(specs.DEADLINES)

@@ -67,6 +67,7 @@ def get_config() -> ml_collections.ConfigDict:
         weight_decay=1e-4,  # VQGAN table
         clip_norm=0.0,  # not in the paper
         accumulate=1,
+        gradient_dtype="float32",  # see base_3b.py
         ema_decay=0.0,  # section 3: none while training; muse_jax.average afterwards
     )
     # 40M parameters fit everywhere: every chip holds them whole, and only gradients travel.
@@ -79,6 +80,7 @@ def get_config() -> ml_collections.ConfigDict:
         eval_every=5_000,  # with the checkpoints
         eval_batches=8,
         sample_every=5_000,
+        donate=True,  # see base_3b.py
     )
     config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
     config.deadlines = dict(specs.DEADLINES)

@@ -3,7 +3,7 @@
     python -m muse_jax.compile --config=configs/base_3b.py --topology=v4:4x8x8 --json=base_3b.json
     python -m muse_jax.compile --config=configs/superres_512.py --topology=v4:2x2x1 --mode=sample --batch=8
 
---mode=train compiles the step that muse_jax.train runs (`Program.lower_train`), for all chips of the
+--mode=train compiles the step that muse_jax.train runs (`Program.compile_train`), for all chips of the
 topology; --mode=sample the decoding loops that muse_jax.sample runs, on one of its chips. libtpu does it
 (`pip install muse_jax[tpu_compile]`); nothing is allocated, no TPU is looked for, and no weights are read:
 see muse_jax/ahead.py for where the shapes of earlier stages come from.
@@ -60,7 +60,12 @@ def topology_devices(topology: str) -> tuple[roofline.Chip, list[Any]]:
 
     # The two cores of a v4 or v5p chip are one device.
     cores = {"chip_config_name": "megacore"} if name in ("v4", "v5p") else {}
-    described = topologies.get_topology_desc(topology, "tpu", **cores, chips_per_host_bounds=(2, 2, 1), num_slices=1)
+    settings = dict(**cores, chips_per_host_bounds=(2, 2, 1), num_slices=1)
+    try:
+        described = topologies.get_topology_desc(topology, "tpu", **settings)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise specs.SpecError(f"topology is {topology!r}, which libtpu doesn't know: {reason}") from error
     return roofline.CHIPS[name], list(described.devices)
 
 
@@ -68,7 +73,7 @@ def compile_train(spec: specs.Spec, configs: pathlib.Path, topology: str, text: 
     """The report of the train step; `text` is a file for the compiled program."""
     chip, devices = topology_devices(topology)
     program = ahead.program(spec, sharding.make_mesh(spec.mesh, devices), configs)
-    compiled = program.lower_train(program.abstract_batch(ahead.batch(spec))).compile()
+    compiled = program.compile_train(program.abstract_batch(ahead.batch(spec)))
     if text:
         pathlib.Path(text).write_text(compiled.as_text())
     module = hlo.parse(compiled.as_text())
@@ -171,6 +176,14 @@ def _parameters(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in trees.named_leaves(tree).values())
 
 
+def check_files(*files: str | None) -> None:
+    """Raises SpecError, before minutes are spent on compiling, for a file that couldn't be written then."""
+    for file in filter(None, files):
+        folder = pathlib.Path(file).absolute().parent
+        if not folder.is_dir() or pathlib.Path(file).is_dir():
+            raise specs.SpecError(f"can't write {file}: there is no folder {folder}, or {file} is one.")
+
+
 def said(report: Mapping[str, Any]) -> str:
     """A report for people."""
     chip, work, times = report["chip"], report["flops"], report["estimate"]
@@ -209,6 +222,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     configs = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).resolve().parent
     try:
+        check_files(_JSON.value, _HLO.value)
         spec = specs.from_config(_CONFIG.value)
         if _MODE.value == "train":
             report = compile_train(spec, configs, _TOPOLOGY.value, _HLO.value)

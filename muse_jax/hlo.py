@@ -96,6 +96,17 @@ class Module:
     partitions: int = 1
 
     @functools.cached_property
+    def scattered(self) -> frozenset[str]:
+        """Names of the all-reduces that are a part of a reduce-scatter."""
+        return frozenset(
+            i.name
+            for computation in self.computations.values()
+            if _scatters(computation)
+            for i in computation.instructions.values()
+            if i.opcode == "all-reduce"
+        )
+
+    @functools.cached_property
     def continued(self) -> frozenset[str]:
         """Names of the exchanges that another instruction of the same channel started.
 
@@ -115,6 +126,11 @@ class Module:
             for i in computation.instructions.values()
             if channel(i) in started
         )
+
+
+def _scatters(computation: Computation) -> bool:
+    """Whether this is libtpu's way to write a reduce-scatter: a fusion, so named, of an all-reduce and a slice."""
+    return computation.name.startswith("all-reduce-scatter")
 
 
 def channel(instruction: Instruction) -> str:

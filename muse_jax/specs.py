@@ -295,6 +295,7 @@ class TrainSpec:
     stop_after_nonfinite: int = 10  # such steps in a row that end the run
     compare_every: int = 1000  # steps; whether replicas are the same bits; 0: with each checkpoint only
     donate: bool = True  # the new state takes the old one's memory; False keeps both
+    tpu_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # XLA's, for compiling the step for TPUs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,6 +129,8 @@ def collective(module: hlo.Module, instruction: hlo.Instruction) -> Collective |
     sizes = [leaf.bytes for leaf in instruction.leaves]
     if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute") and len(sizes) > 1:
         sizes = sizes[1:2]  # (operand, result, ...)
+    if instruction.name in module.scattered:
+        kind, sizes = "reduce-scatter", [sum(sizes) / max(len(group), 1)]
     others = (len(group) - 1) / max(len(group), 1)
     factor = {"all-gather": others, "all-reduce": 2 * others, "reduce-scatter": len(group) - 1, "all-to-all": others}
     return Collective(kind, sum(sizes) * factor.get(kind, 1.0), group)

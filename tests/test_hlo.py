@@ -248,3 +248,24 @@ def test_an_exchange_that_is_spread_over_fusions_counts_once():
     assert slow.exposed == pytest.approx(gathered / 0.1 - product)
     quick = roofline.estimate(module, roofline.Chip(1.0, 0, 1e30, 10.0, 3))
     assert (quick.step, quick.exposed) == (pytest.approx(product), 0.0)
+
+
+def test_an_all_reduce_of_which_each_keeps_a_part_is_a_reduce_scatter():
+    """As libtpu writes it."""
+    text = """HloModule scatter, num_partitions=4
+
+%all-reduce-scatter.1 (p: bf16[64,8]) -> bf16[16,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  %all-reduce.7 = bf16[64,8]{1,0} all-reduce(%p), channel_id=2, replica_groups=[1,4]<=[4], to_apply=%add
+  %id = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %slice = bf16[16,8]{1,0} dynamic-slice(%all-reduce.7, %id, %zero), dynamic_slice_sizes={16,8}
+}
+
+ENTRY %main (x: bf16[64,8]) -> bf16[16,8] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  ROOT %f = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    found = traffic.collectives(hlo.parse(text))
+    assert found == {"reduce-scatter": {"count": 1, "bytes": 64 * 8 * 2 * 3 / 4}}

@@ -258,9 +258,14 @@ class TFDS:
 
         builder = self._builder()
         text = dict(tfds_features.flat(builder.info.features)).get(self.text_key)
-        split = tfds.core.ReadInstruction(self.split, from_=piece["start"], to=piece["stop"], unit="abs")
-        examples = builder.as_dataset(split=split, decoders={self.image_key: tfds.decode.SkipDecoding()})
-        for number, example in enumerate(tfds.as_numpy(examples), piece["start"]):
+        decoders = {self.image_key: tfds.decode.SkipDecoding()}
+        if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:  # which TFDS reads in this way only
+            stored = builder.as_data_source(split=self.split, decoders=decoders)
+            examples = (stored[number] for number in range(piece["start"], piece["stop"]))
+        else:
+            split = tfds.core.ReadInstruction(self.split, from_=piece["start"], to=piece["stop"], unit="abs")
+            examples = tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders))
+        for number, example in enumerate(examples, piece["start"]):
             values = tfds_features.get(example, self.text_key) if text is not None else ""
             yield Sample(f"{self.split}:{number}", example[self.image_key], _texts(_captions(text, values)))
 

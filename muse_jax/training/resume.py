@@ -52,6 +52,7 @@ FREE = (
     "train.stop_after_nonfinite",
     "train.compare_every",
     "train.donate",
+    "train.tpu_options",
 )
 LENGTH = "train.steps"
 

@@ -101,6 +101,11 @@ class Program:
             step = jax.jit(self.train_step, donate_argnums=donated, out_shardings=(shardings_of(self.state), None))
             return step.lower(self.state, self.frozen, batch)
 
+    def compile_train(self, batch: Any) -> Any:
+        """The compiled train step, with `train.tpu_options` where it is for TPUs."""
+        options = dict(self.spec.train.tpu_options) if self.mesh.devices.flat[0].platform == "tpu" else {}
+        return self.lower_train(batch).compile(options or None)
+
     def lower_evaluate(self, batch: Any) -> Any:
         """The lowered evaluation (params, frozen, batch, index) -> metrics."""
         with sharding.layout(self.mesh, self.spec.rules):

@@ -231,7 +231,7 @@ class _Run:
         began = time.monotonic()
         with self._during("compile"):
             if self.step < self.spec.train.steps:
-                self.train_step = self.program.lower_train(batch).compile()
+                self.train_step = self.program.compile_train(batch)
             if self.held_out:
                 self.evaluate = self.program.lower_evaluate(self.program.abstract_batch(self.held_out[0])).compile()
         seconds = time.monotonic() - began

@@ -13,7 +13,8 @@ class _Lowered:
     def __init__(self, lower):
         self._lower, self._compiled = lower, None
 
-    def compile(self):
+    def compile(self, options=None):
+        assert options is None, "these are for TPUs"
         self._compiled = self._compiled or self._lower().compile()
         return self._compiled
 

@@ -214,8 +214,8 @@ def mutations():
     """Every key of a config changed in turn, and whether the run may go on with it."""
     free = ("mesh.", "checkpoint.", "sample.", "data.workers", "data.prefetch", "data.path", "data.eval_split",
             "task.init_from", "task.perceptual_weights", "train.log_every", "train.eval_every", "train.eval_batches",
-            "train.sample_every", "train.stop_after_nonfinite", "train.compare_every", "train.donate", "rules.",
-            "deadlines.", "frozen_rules", "profile.")  # fmt: skip
+            "train.sample_every", "train.stop_after_nonfinite", "train.compare_every", "train.donate",
+            "train.tpu_options", "rules.", "deadlines.", "frozen_rules", "profile.")  # fmt: skip
 
     def leaves(tree, path=""):
         for key, value in tree.items():
