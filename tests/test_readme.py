@@ -22,11 +22,12 @@ ELSEWHERE = {
     "pytest": ".ci/run",
     "python -m muse_jax.compile --config=configs/base_3b.py --topology=v4:4x8x8": "tests/test_compile.py",
 }
-SLOW = (
+SLOW = (  # words of commands that take half a minute and more
     "--configs=configs/pictures",
     "muse_jax.benchmark",
     "--sweep",
-)  # words of commands that take half a minute and more
+    "muse_jax.evaluate --pipeline=runs/maskgit",
+)
 
 
 def _fenced(language: str) -> list[str]:
