@@ -24,13 +24,14 @@ ELSEWHERE = {
     "for i in 0 1; do python -m muse_jax.train --config=configs/scenes/base.py --workdir=runs/two "
     "--coordinator=localhost:8476 --num_processes=2 --process_id=$i & done; wait": "tests/test_train.py",
 }
-SLOW = (
+SLOW = (  # words of commands that take half a minute and more
     "--configs=configs/pictures",
     "muse_jax.benchmark",
     "--sweep",
     "muse_jax.overhead",
     "runs/emoji-records",
-)  # words of commands that take half a minute and more
+    "muse_jax.evaluate --pipeline=runs/maskgit",
+)
 
 
 def _fenced(language: str) -> list[str]:

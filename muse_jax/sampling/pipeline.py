@@ -30,10 +30,8 @@ from muse_jax.training import checkpoint
 STREAMS = {"base": 0, "superres": 1}  # of the stages' randomness
 # Numbers; lists are welcome.
 PER_PICTURE = ("guidance_scale", "token_temperature", "choice_temperature", "top_p", "typical_p")
-PER_CALL = (
-    *("num_inference_steps", "schedule", "guidance_ramp", "guidance_power", "guidance_start", "guidance_end"),
-    *("top_k", "selection_rule", "remasking"),
-)
+NUMBERS = ("guidance_power", "guidance_start", "guidance_end", "remasking")  # one a call
+PER_CALL = ("num_inference_steps", "schedule", "guidance_ramp", "top_k", "selection_rule", *NUMBERS)
 
 
 class MusePipeline(editing.Editing):
@@ -315,6 +313,8 @@ class MusePipeline(editing.Editing):
                 isinstance(value, bool) or not isinstance(value, int | np.integer)
             ):
                 raise TypeError(f"{key} is {value!r}; expected a whole number.")
+            if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float | np.number)):
+                raise TypeError(f"{key} is {value!r}; expected a number.")
             resolved[stage][name] = value
         for stage in self.token_stages:
             prefix = "superres_" if stage == "superres" else ""

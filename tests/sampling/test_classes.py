@@ -132,6 +132,8 @@ def test_texts_have_no_classes_and_one_resolution_no_super_resolution(pipe, pipe
         pipeline(class_label=1)
     with pytest.raises(TypeError, match="superres_top_k is given, but this pipeline has no super-resolution"):
         pipe(class_label=1, superres_top_k=3)
+    with pytest.raises(TypeError, match="remasking is 'much'; expected a number"):
+        pipe(class_label=1, remasking="much")
 
 
 def test_another_class_seed_or_guidance_compiles_nothing(pipe, compiled):
