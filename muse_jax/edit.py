@@ -38,6 +38,7 @@ from muse_jax import sample
 
 SIDES = ("left", "top", "right", "bottom")
 WITHOUT_IMAGE = ("interpolate", "compose")
+PAELLA = ("strength", "variations", *WITHOUT_IMAGE)  # flags of its pipelines alone
 # Of the methods, as edits.json has them; what else made a picture is in it by other names.
 ARGUMENTS = (*SIDES, "mask_image", "blend", "share", "strength", "num_pictures", "regions")
 
@@ -48,7 +49,7 @@ def method_of(values: flags.FlagValues) -> tuple[str, dict[str, Any]]:
     Raises:
       ValueError: for flags that don't go together.
     """
-    ways = [name for name in ("variations", *WITHOUT_IMAGE) if values[name].value]
+    ways = [name for name in PAELLA if name != "strength" and values[name].value]
     if values.region and not values.compose:
         raise ValueError("--region is of --compose; give both.")
     if len(ways) > 1 or (ways and (values.strength is not None or values.box or values.mask_image)):
@@ -109,8 +110,9 @@ def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any
     if values.best_of > 1 and name in ("variations", *WITHOUT_IMAGE):
         raise ValueError(f"--best_of needs one prompt a picture to compare with, which --{name} has not.")
     pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
-    if not hasattr(pipeline, name):
-        raise ValueError(f"--{name} is for Paella's models; name a pipeline that has one with --pipeline.")
+    own = "strength" if "strength" in arguments else name
+    if own in PAELLA and not hasattr(pipeline, "interpolate"):
+        raise ValueError(f"--{own} is for Paella's models; name a pipeline that has one with --pipeline.")
     arguments |= _shared(values, pipeline, name)
     if values.best_of > 1:
         ranking.check(sample.captions(pipeline, arguments["prompt"]))

@@ -77,3 +77,41 @@ def test_what_cannot_work_names_the_mend(here, monkeypatch, flags, message):
     values(["edit", "--pipeline=runs/quickstart/pipeline", *flags])
     with pytest.raises(ValueError, match=message):
         edit.edit(values)
+
+
+def parsed(*flags):
+    values = absl_flags.FlagValues()
+    edit.define_flags(values)
+    values(["edit", *flags])
+    return values
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--variations"], ("variations", {})),
+        (["--interpolate=3"], ("interpolate", {"num_pictures": 3})),
+        (["--compose"], ("compose", {})),
+        (
+            ["--compose", "--region=0,0,8,8", "--region=8,0,16,8"],
+            ("compose", {"regions": [(0, 0, 8, 8), (8, 0, 16, 8)]}),
+        ),
+        (["--strength=0.3"], ("edit", {"mask_image": None, "strength": 0.3, "history": True})),
+        (["--share=0.3"], ("edit", {"mask_image": None, "share": 0.3, "history": True})),
+    ],
+)
+def test_flags_choose_the_method(flags, expected):
+    assert edit.method_of(parsed(*flags)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--variations", "--interpolate=3"], "--variations is a way of its own"),
+        (["--compose", "--strength=0.5"], "--compose is a way of its own"),
+        (["--region=0,0,8,8"], "--region is of --compose"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message):
+    with pytest.raises(ValueError, match=message):
+        edit.method_of(parsed(*flags))
