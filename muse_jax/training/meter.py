@@ -5,7 +5,7 @@
     model_flops_utilisation      the networks' own FLOPs (muse_jax/flops.py) over the device's peak, where it is known
     time/step, time/data, time/checkpoint, time/compile, time/evaluate, time/start
                                  shares of the time since the line before: training, and what it waited for;
-                                 "start" is restoring, or making, the state
+                                 "evaluate" has samples and profiles too, "start" is restoring, or making, the state
     trained_seconds              spent in the steps that led to this one, by whatever process
     goodput                      trained_seconds over the time since the run was first started: what restarts,
                                  steps done twice and all waits cost

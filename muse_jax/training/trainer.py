@@ -274,7 +274,8 @@ class _Run:
 
     def _one_step(self) -> None:
         self._stop_if_asked()
-        self.profile.before(self.step, self.state)
+        with self.meter.during("evaluate"):  # no training either
+            self.profile.before(self.step, self.state)
         with self._during("data"):
             batch = self.first or self.feed.get()
         self.first = None
