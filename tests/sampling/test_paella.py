@@ -5,10 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
+from absl import flags as absl_flags
 from flax.core import meta
 
-from muse_jax import specs
+from muse_jax import edit, specs
 from muse_jax.models import paella, vqgan
 from muse_jax.sampling.folder import PipelineError
 from muse_jax.sampling.paella import PaellaPipeline
@@ -195,6 +197,22 @@ def test_variations_need_an_encoder_of_pictures(pipe, picture):
     stage = dataclasses.replace(base, spec=dataclasses.replace(base.spec, model=model), params=params)
     with pytest.raises(PipelineError, match="picture_encoder=True"):
         PaellaPipeline({**pipe.stages, "base": stage}).variations(picture)
+
+
+def test_variations_by_the_command(pipe, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe.save("pipeline")
+    PIL.Image.fromarray(picture).save("picture.png")
+    values = absl_flags.FlagValues()
+    edit.define_flags(values)
+    flags = ["--image=picture.png", "--variations", "--num_images_per_prompt=4"]
+    values(["edit", "--pipeline=pipeline", "--batch_size=4", *flags])
+    record = edit.edit(values)
+    assert len({made["file"] for made in record["pictures"]}) == 4
+    for made in record["pictures"]:
+        with PIL.Image.open(tmp_path / "edits" / made["file"]) as image:
+            assert image.size == (SIZE, SIZE)
+    assert (tmp_path / "edits" / "grid.png").is_file()
 
 
 def test_a_folder_opens_as_what_it_is(pipe, tmp_path):
