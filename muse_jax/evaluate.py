@@ -213,7 +213,7 @@ def measure_tokenizers(pipeline: Any, count: int, *, seed: int = 0, data_path: s
     Raises:
       EvaluationError: the pictures are not there.
     """
-    pictures: dict[DataSpec, tuple[np.ndarray, list[str] | None]] = {}
+    pictures: dict[str, tuple[np.ndarray, list[str] | None]] = {}  # by their section of the config, in words
     figures = {}
     stages = {"low": "tokenizer_low", "high": "tokenizer_high", "decoder": "decoder"}
     for name, decoder in stages.items():
@@ -221,9 +221,9 @@ def measure_tokenizers(pipeline: Any, count: int, *, seed: int = 0, data_path: s
             continue
         encoder = folder.finest(pipeline.stages) if name == "decoder" else decoder
         data = dataclasses.replace(pipeline.stages[encoder].spec.data, **({"path": data_path} if data_path else {}))
-        if data not in pictures:
-            pictures[data] = _pictures(data, count, seed)
-        images, captions = pictures[data]
+        if repr(data) not in pictures:
+            pictures[repr(data)] = _pictures(data, count, seed)
+        images, captions = pictures[repr(data)]
         batch_size = min(pipeline.max_batch_size, len(images))
         rest = -len(images) % batch_size
         filled = np.concatenate([images, np.repeat(images[-1:], rest, axis=0)])  # one compilation
