@@ -115,5 +115,5 @@ def test_steps_do_not_wait_for_the_writers(tmp_path, monkeypatch):
     began = time.monotonic()
     for step in range(10):
         log.scalars(step, {"loss": 1.0})
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 1.0  # half of what the lines take to be written
     log.close()
