@@ -157,20 +157,21 @@ def test_the_3b_step_on_the_papers_pod(tmp_path, config):
 
 @without_libtpu
 @pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param("base_632m.py", marks=pytest.mark.slow),
+        "base_632m.py",
         "superres_512.py",
-        pytest.param("superres_268m.py", marks=pytest.mark.slow),
-        pytest.param("vqgan_f16_256.py", marks=pytest.mark.slow),
+        "superres_268m.py",
+        "vqgan_f16_256.py",
         "vqgan_f8_512.py",
-        pytest.param("decoder_f8_512.py", marks=pytest.mark.slow),
+        "decoder_f8_512.py",
         "maskgit_imagenet256.py",
-        pytest.param("maskgit_imagenet512.py", marks=pytest.mark.slow),
-        pytest.param("vqgan_imagenet256.py", marks=pytest.mark.slow),
-        pytest.param("vqgan_imagenet512.py", marks=pytest.mark.slow),
+        "maskgit_imagenet512.py",
+        "vqgan_imagenet256.py",
+        "vqgan_imagenet512.py",
         "paella_f8_256.py",
     ],
 )
@@ -189,6 +190,7 @@ def test_the_3b_step_on_later_chips(tmp_path, topology):
 
 @without_libtpu
 @pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_sampling_by_class_on_one_chip(tmp_path):
     arguments = ("--config=configs/maskgit_imagenet256.py", "--topology=v4:2x2x1", "--mode=sample")
@@ -197,7 +199,9 @@ def test_sampling_by_class_on_one_chip(tmp_path):
 
 @without_libtpu
 @pytest.mark.compile
-@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("batch", [1, 8])
 def test_sampling_on_one_chip(tmp_path, batch):
     arguments = ("--config=configs/superres_512.py", "--topology=v4:2x2x1", "--mode=sample", f"--batch={batch}")
     assert set(report(tmp_path, *arguments)["programs"]) == {"base", "superres", "decoder"}

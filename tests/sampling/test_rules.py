@@ -70,6 +70,8 @@ def again(rule, key, confidence_of, fresh, known, count, temperature):
     if rule == "halton":
         latest_first = [place for place in halton_places()[::-1] if fresh[place]][:count]
         return np.isin(np.arange(N), latest_first)
+    if rule == "anywhere":
+        return lowest(np.where(known, np.inf, np.asarray(jax.random.uniform(key, (N,)))), count)
     if rule == "revocable":
         return lowest(np.where(known, np.inf, noisy(key)), count)
     if rule == "remask":
@@ -111,10 +113,10 @@ def test_a_rule_matches_numpy_step_by_step_and_keeps_its_promises(rule):
     given = tokens != CODES
     assert all(np.array_equal(step[given], tokens[given]) for step in np.asarray(history.tokens))
     assert np.asarray(out).max() < CODES, "nothing is masked after the last step"
-    # Only the two that may take back what was settled do so, and they do.
+    # Only those that may take back what was settled do so, and they do.
     settled = ~np.asarray(history.masked)[:-1]
     taken_back = (np.asarray(history.masked)[1:] & settled).any()
-    assert taken_back == (rule in ("remask", "revocable"))
+    assert taken_back == (rule in ("anywhere", "remask", "revocable"))
 
 
 def test_another_share_of_remasking_compiles_nothing_and_another_rule_does():
