@@ -144,8 +144,9 @@ def test_a_topology_that_is_none_is_refused():
 
 @without_libtpu
 @pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("config", ["base_3b.py", pytest.param("base_3b.py:precomputed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", ["base_3b.py", "base_3b.py:precomputed"])
 def test_the_3b_step_on_the_papers_pod(tmp_path, config):
     found = report(tmp_path, f"--config=configs/{config}", "--topology=v4:4x8x8")
     assert found["chips"] == 256
