@@ -27,8 +27,6 @@ if __name__ == "__main__":
 
 import json
 import pathlib
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -185,18 +183,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     values.set_default("out", "edits")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; put a prompt with spaces in quotes")
-    process.quiet()
-    warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr)
-    try:
-        edit(flags.FLAGS, sys.argv)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(lambda argv: sample.main(argv, edit))

@@ -261,13 +261,14 @@ def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]
     return record
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], function: Callable[[flags.FlagValues, Sequence[str]], Any] = run) -> None:
+    """Calls a command's function with its flags; what the user can mend ends it with a line on stderr."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; put a prompt with spaces in quotes")
     process.quiet()
     warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr)
     try:
-        run(flags.FLAGS, sys.argv)
+        function(flags.FLAGS, sys.argv)
     except (ValueError, TypeError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -68,11 +68,7 @@ class ArrayRecordSource:
         return f"example {index} of {self._spec.path}, split {self._split}"
 
     def _record(self, index: int) -> dict[str, Any]:
-        position = int(index if self._kept is None else self._kept[index])
-        try:
-            return array_records.unpack(self._records[position])
-        except (RuntimeError, ValueError) as error:  # a shard whose bytes changed
-            raise transforms.UnusableError("damaged record", str(error)) from error
+        return array_records.read(self._records, int(index if self._kept is None else self._kept[index]))
 
     def _read(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
         record, spec = self._record(index), self._spec

@@ -19,6 +19,8 @@ from typing import Any
 import msgpack
 from etils import epath
 
+from muse_jax.data import transforms
+
 MANIFEST, PARTS, PLAN = "manifest.json", "parts", "plan.json"
 VERSION = 1
 DRAFTS = ".draft-"  # how the names of folders with unfinished files start
@@ -181,9 +183,16 @@ def pack(record: Mapping[str, Any]) -> bytes:
     return msgpack.packb(dict(record), unicode_errors=_SURROGATES)
 
 
-def unpack(data: bytes) -> dict[str, Any]:
-    """The record of these bytes."""
-    return msgpack.unpackb(data, unicode_errors=_SURROGATES)
+def read(records: Any, position: int) -> dict[str, Any]:
+    """One of the records that `open_shards` gave.
+
+    Raises:
+      UnusableError: if its bytes are not what was written.
+    """
+    try:
+        return msgpack.unpackb(records[position], unicode_errors=_SURROGATES)
+    except (RuntimeError, ValueError) as error:
+        raise transforms.UnusableError("damaged record", str(error)) from error
 
 
 def read_manifest(path: str, kind: str) -> tuple[epath.Path, dict[str, Any]]:

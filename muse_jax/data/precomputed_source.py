@@ -6,7 +6,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from muse_jax.data import array_records, transforms
+from muse_jax.data import array_records
 from muse_jax.data.reading import Reader
 from muse_jax.specs import DataSpec
 
@@ -77,14 +77,8 @@ class PrecomputedSource:
     def _name_of(self, index: int) -> str:
         return f"example {index} of {self._name}"
 
-    def _record(self, position: int) -> dict[str, Any]:
-        try:
-            return array_records.unpack(self._records[position])
-        except (RuntimeError, ValueError) as error:
-            raise transforms.UnusableError("damaged record", str(error)) from error
-
     def _read(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
-        record = self._record(seed[-1] // len(self) % self._epochs * len(self) + index)
+        record = array_records.read(self._records, seed[-1] // len(self) % self._epochs * len(self) + index)
         made: dict[str, Any] = {}
         for name, feature in self._features.items():
             if name != EMBEDDINGS:
@@ -106,7 +100,7 @@ class PrecomputedSource:
 
     def captions(self) -> Iterator[str]:
         """Every caption of the first epoch."""
-        return (self._record(index)["text"] for index in range(len(self)))
+        return (array_records.read(self._records, index)["text"] for index in range(len(self)))
 
     def fingerprint(self) -> str:
         """Changes with any token, text or embedding; not with where the folder lies."""

@@ -85,13 +85,8 @@ class Editing:
         """
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         requests = self._requests(prompt, negative_prompt, num_images_per_prompt, seed)
-        size = self.image_size
         images, boxes = _open_images(image, requests), _listed(mask_image, requests, "mask_image")
-        masks = [_mask(box, picture) for box, picture in zip(boxes, images, strict=True)]
-        canvas = Canvas(
-            np.stack([_square(picture, size) for picture in images]),
-            np.stack([_square(mask, size)[..., 0] > 127 for mask in masks]),
-        )
+        canvas = self._squared(images, [_mask(box, picture) for box, picture in zip(boxes, images, strict=True)])
         if not canvas.repaint.any(axis=(1, 2)).all():
             raise ValueError("mask_image repaints nothing: it has no white part within the square that is kept.")
         return self._paint(requests, canvas.repeated(requests.images_per_prompt), given, output_type, blend, history)
@@ -177,16 +172,7 @@ class Editing:
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         given = EDIT | {name: value for name, value in given.items() if value is not None}
         requests = self._requests(prompt, negative_prompt, num_images_per_prompt, seed)
-        images = _open_images(image, requests)
-        masks = [
-            Image.new("L", picture.size, 255) if box is None else _mask(box, picture)
-            for box, picture in zip(_listed(mask_image, requests, "mask_image"), images, strict=True)
-        ]
-        canvas = Canvas(
-            np.stack([_square(picture, self.image_size) for picture in images]),
-            np.stack([_square(mask, self.image_size)[..., 0] > 127 for mask in masks]),
-        ).repeated(requests.images_per_prompt)
-        tokens = self._tokens(canvas)
+        tokens = self._tokens(self._editable(image, mask_image, requests).repeated(requests.images_per_prompt))
         start = tokens["base"].ids.reshape(len(requests), -1).copy()
         editable = tokens["base"].open.reshape(start.shape)
         for row, places, number in zip(start, editable, requests.seeds, strict=True):
@@ -198,6 +184,23 @@ class Editing:
         return self._call(requests, given, output_type, history, loops)
 
     # ----------------------------------------------------------------------------------- parts
+
+    def _squared(self, images: Sequence[Image.Image], masks: Sequence[Image.Image]) -> Canvas:
+        """Pictures, and masks of their sizes, as the pipeline's squares."""
+        size = self.image_size
+        return Canvas(
+            np.stack([_square(picture, size) for picture in images]),
+            np.stack([_square(mask, size)[..., 0] > 127 for mask in masks]),
+        )
+
+    def _editable(self, image: Any, mask_image: Any, requests: Requests) -> Canvas:
+        """The given pictures, one a prompt; where there is no mask all of a picture may change."""
+        images, boxes = _open_images(image, requests), _listed(mask_image, requests, "mask_image")
+        masks = [
+            Image.new("L", picture.size, 255) if box is None else _mask(box, picture)
+            for box, picture in zip(boxes, images, strict=True)
+        ]
+        return self._squared(images, masks)
 
     def _paint(
         self, requests: Requests, canvas: Canvas, given: Mapping, output_type: str, blend: bool, history: bool

@@ -86,15 +86,8 @@ class PaellaPipeline(MusePipeline):
             raise ValueError(f"strength is {strength!r}; expected 0 (keeps the image) to 1 (ignores it).")
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         requests = self._requests(prompt, negative_prompt, num_images_per_prompt, seed)
-        images = editing._open_images(image, requests)
-        masks = [
-            Image.new("L", picture.size, 255) if box is None else editing._mask(box, picture)
-            for box, picture in zip(editing._listed(mask_image, requests, "mask_image"), images, strict=True)
-        ]
-        canvas = editing.Canvas(
-            np.stack([editing._square(picture, self.image_size) for picture in images]),
-            np.stack([editing._square(mask, self.image_size)[..., 0] > 127 for mask in masks]) & (strength > 0),
-        ).repeated(requests.images_per_prompt)
+        canvas = self._editable(image, mask_image, requests).repeated(requests.images_per_prompt)
+        canvas = dataclasses.replace(canvas, repaint=canvas.repaint & (strength > 0))
         return self._paint(requests, canvas, given, output_type, True, history, float(strength))
 
     def variations(
