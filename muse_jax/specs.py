@@ -193,7 +193,7 @@ class TokensTaskSpec:
     visible_weight: float = 0.0  # weight of the loss on places that are not masked
     low_corruption: float = 0.0  # highest share of low-resolution tokens replaced at random
     picture_share: float = 0.0  # share of examples conditioned on their own picture instead of the text (Paella)
-    codebook_init: bool = False  # start token embeddings as a random projection of the tokenizers' codes
+    codebook_init: bool = False  # start embeddings and logits from random projections of the tokenizers' codes
 
 
 TASKS = {"tokenizer": TokenizerTaskSpec, "tokens": TokensTaskSpec}

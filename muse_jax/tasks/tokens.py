@@ -84,6 +84,8 @@ class TokensTask:
             params["embedding"] = _projected(params["embedding"], self.tokenizers["tokenizer"], key)
             if self.super_resolution:
                 params["low_embedding"] = _projected(params["low_embedding"], self.tokenizers["low_tokenizer"], key)
+            if not self.noise:  # tried with the heads of Muse and MaskGIT; Paella has one of its own
+                params["head"] = _projected_head(params["head"], self.tokenizers["tokenizer"], key)
         return params
 
     def frozen(self) -> Params:
@@ -323,13 +325,26 @@ def _boxed(boxes: Params, values: Params) -> Params:
     )
 
 
+def _directions(tokenizer: Tokenizer, width: int, key: jax.Array) -> jax.Array:
+    """A random projection of the tokenizer's codes to vectors of unit variance, [codes, width]."""
+    codes = jnp.asarray(tokenizer.params["quantizer"]["codebook"], jnp.float32)
+    codes = codes / jnp.sqrt(jnp.mean(jnp.sum(jnp.square(codes), axis=-1)))
+    return codes @ jax.random.normal(key, (codes.shape[-1], width))
+
+
 def _projected(embedding: Params, tokenizer: Tokenizer, key: jax.Array) -> Params:
-    """The embedding with its codes' rows a random projection of the tokenizer's codes, of unit variance.
+    """The embedding with its codes' rows a projection of the tokenizer's codes.
 
     Codes that look alike start alike, instead of as far apart as any two.
     """
-    codes = jnp.asarray(tokenizer.params["quantizer"]["codebook"], jnp.float32)
-    codes = codes / jnp.sqrt(jnp.mean(jnp.sum(jnp.square(codes), axis=-1)))
     table = embedding["tokens"]
-    rows = codes @ jax.random.normal(jax.random.fold_in(key, 1), (codes.shape[-1], table.value.shape[-1]))
+    rows = _directions(tokenizer, table.value.shape[-1], jax.random.fold_in(key, 1))
     return {**embedding, "tokens": table.replace_boxed(table.value.at[: rows.shape[0]].set(rows))}
+
+
+def _projected_head(head: Params, tokenizer: Tokenizer, key: jax.Array) -> Params:
+    """The head with logits that are alike for codes that look alike, until it learns to tell them apart."""
+    kernel = head["logits"]["kernel"]
+    width = kernel.value.shape[0]
+    columns = _directions(tokenizer, width, jax.random.fold_in(key, 2)).T / np.sqrt(width)
+    return {**head, "logits": {**head["logits"], "kernel": kernel.replace_boxed(columns)}}
