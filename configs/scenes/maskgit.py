@@ -77,12 +77,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.deadlines = dict(specs.DEADLINES)
     config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
-        num_inference_steps=12,  # table 3 and section 4.1: 8 to 12
+        num_inference_steps=16,  # table 3 and section 4.1: 8 to 12
         schedule="cosine",
         guidance_scale=2.0,
         guidance_ramp="constant",
-        token_temperature=1.0,
-        choice_temperature=4.5,  # the authors' code
+        token_temperature=0.7,
+        choice_temperature=8.0,  # the authors' code: 4.5
         top_k=0,
         top_p=1.0,
     )
