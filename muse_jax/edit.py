@@ -5,11 +5,14 @@
     python -m muse_jax.edit --image=photo.png --prompt="..." --right=32 --bottom=16   # extended by these pixels
     python -m muse_jax.edit --image=photo.png --prompt="..."                          # all of it, little by little
 
+Without a picture:
+
+    python -m muse_jax.edit --prompt="..." --prompt="..." --interpolate=5             # pictures from one to the other
+
 With the pipeline of a Paella model (arXiv 2211.07292, section 4) as --pipeline also:
 
     python -m muse_jax.edit --image=photo.png --prompt="..." --strength=0.5           # 0 keeps the image, 1 ignores it
     python -m muse_jax.edit --image=photo.png --variations                            # others like it, without a prompt
-    python -m muse_jax.edit --prompt="..." --prompt="..." --interpolate=5             # pictures from one to the other
     python -m muse_jax.edit --prompt="..." --prompt="..." --compose --width=64        # each prompt its own region
 
 Without --pipeline the small one for generated scenes is used that comes with the package. With a
@@ -36,7 +39,8 @@ from muse_jax import sample
 
 SIDES = ("left", "top", "right", "bottom")
 WITHOUT_IMAGE = ("interpolate", "compose")
-PAELLA = ("strength", "variations", *WITHOUT_IMAGE)  # flags of its pipelines alone
+WAYS = ("variations", *WITHOUT_IMAGE)  # flags that name a method
+PAELLA = ("strength", "variations", "compose")  # flags of its pipelines alone
 # Of the methods, as edits.json has them; what else made a picture is in it by other names.
 ARGUMENTS = (*SIDES, "mask_image", "blend", "share", "strength", "num_pictures", "regions")
 
@@ -47,7 +51,7 @@ def method_of(values: flags.FlagValues) -> tuple[str, dict[str, Any]]:
     Raises:
       ValueError: for flags that don't go together.
     """
-    ways = [name for name in PAELLA if name != "strength" and values[name].value]
+    ways = [name for name in WAYS if values[name].value]
     if values.region and not values.compose:
         raise ValueError("--region is of --compose; give both.")
     if len(ways) > 1 or (ways and (values.strength is not None or values.box or values.mask_image)):
@@ -105,11 +109,11 @@ def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any
     name, arguments = method_of(values)
     if not values.image and name not in WITHOUT_IMAGE:
         raise ValueError("--image is missing; give the picture to edit.")
-    if values.best_of > 1 and name in ("variations", *WITHOUT_IMAGE):
+    if values.best_of > 1 and name in WAYS:
         raise ValueError(f"--best_of needs one prompt a picture to compare with, which --{name} has not.")
     pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
     own = "strength" if "strength" in arguments else name
-    if own in PAELLA and not hasattr(pipeline, "interpolate"):
+    if own in PAELLA and not hasattr(pipeline, "compose"):
         raise ValueError(f"--{own} is for Paella's models; name a pipeline that has one with --pipeline.")
     arguments |= _shared(values, pipeline, name)
     if values.best_of > 1:
@@ -173,9 +177,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     )
     flags.DEFINE_float("strength", None, "Paella: 0 keeps the image, 1 ignores it; by default 2/3.", flag_values=values)
     flags.DEFINE_bool("variations", False, "Paella: pictures like the image; no prompt.", values)
-    flags.DEFINE_integer(
-        "interpolate", None, "Paella: so many pictures from one prompt to another.", flag_values=values
-    )
+    flags.DEFINE_integer("interpolate", None, "So many pictures from one prompt to another.", flag_values=values)
     flags.DEFINE_bool("compose", False, "Paella: several prompts, each for a region of one picture.", values)
     flags.DEFINE_multi_string("region", None, "left,top,right,bottom of each prompt; by default columns.", values)
     for side in SIDES:

@@ -102,3 +102,22 @@ def guided(predict_both: Predict, timed: bool = False) -> GuidedPredict:
         return guide(conditional, unconditional, scale)
 
     return predict
+
+
+def between(predict_all: Predict, weights: Float[Array, "b"]) -> Predict:
+    """Logits on the way between two prompts, from one call on [first prompts; second prompts; the rest].
+
+    Of equal prompts what one of them gives. The rest, if any, is the unconditional branch; what is made takes the
+    place of `guided`'s predictor.
+
+    Args:
+      weights: of the second prompts, 0 to 1.
+    """
+    b = weights.shape[0]
+
+    def predict(tokens: Int[Array, "k n"]) -> Float[Array, "k n v"]:
+        logits = predict_all(jnp.concatenate([tokens[:b], tokens]))
+        first, second, rest = logits[:b], logits[b : 2 * b], logits[2 * b :]
+        return jnp.concatenate([first + weights[:, None, None] * (second - first), rest])
+
+    return predict

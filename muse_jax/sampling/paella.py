@@ -19,8 +19,8 @@ from muse_jax.models import predictors
 from muse_jax.sampling import editing, guidance, sampler, schedules, selection
 from muse_jax.sampling.folder import PipelineError
 from muse_jax.sampling.output import OUTPUT_TYPES, MuseOutput
-from muse_jax.sampling.pipeline import PER_PICTURE, MusePipeline, _joined, _padded, _plain, _run
-from muse_jax.sampling.requests import Requests, Some
+from muse_jax.sampling.pipeline import PER_PICTURE, MusePipeline, Way, _joined, _padded, _plain, _run
+from muse_jax.sampling.requests import Requests, Some, list_of_texts
 
 STRENGTH = 2 / 3  # of structural editing; the paper's code: 24 steps, of which it leaves out the first 8
 
@@ -123,40 +123,6 @@ class PaellaPipeline(MusePipeline):
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         return self._call(requests, given, output_type, history, canvas)
 
-    def interpolate(
-        self,
-        prompt: Sequence[str],
-        num_pictures: int = 5,
-        negative_prompt: str | None = None,
-        guidance_scale: Some = None,
-        num_inference_steps: Any = None,
-        seed: int = 0,
-        output_type: str = "pil",
-        *,
-        history: bool = False,
-        **settings: Any,
-    ) -> MuseOutput:
-        """Pictures on the way from one prompt to another, all from the same noise.
-
-        Args:
-          prompt: two prompts.
-          num_pictures: at least 2; the first has the first prompt alone, the last the second.
-        """
-        texts = _texts(prompt)
-        if len(texts) != 2:
-            raise ValueError(f"interpolation is between 2 prompts, and {len(texts)} are given.")
-        if isinstance(num_pictures, bool) or not isinstance(num_pictures, int | np.integer) or num_pictures < 2:
-            raise ValueError(f"num_pictures is {num_pictures!r}; expected a whole number of at least 2.")
-        weights = np.linspace(0.0, 1.0, num_pictures)
-        labels = [f"{1 - weight:.0%} {texts[0]}, {weight:.0%} {texts[1]}" for weight in weights]
-        requests = self._requests(labels, negative_prompt, 1, [seed] * num_pictures)
-        blank = self._blank(num_pictures, *self._canvas_grid(settings))
-        shares = np.stack([1 - weights, weights], axis=-1)[:, None, None].astype(np.float32)
-        shares = np.broadcast_to(shares, (*blank.tokens.shape, 2))
-        canvas = dataclasses.replace(blank, texts=tuple((text,) * num_pictures for text in texts), shares=shares)
-        given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
-        return self._call(requests, given, output_type, history, canvas)
-
     def compose(
         self,
         prompt: Sequence[str],
@@ -180,7 +146,7 @@ class PaellaPipeline(MusePipeline):
             all do. None: columns of equal width, from the left.
           num_images_per_prompt: pictures, with seeds seed, seed + 1, ...
         """
-        texts = _texts(prompt)
+        texts = list_of_texts(prompt)
         if len(texts) < 2:
             raise ValueError("regions are for several prompts; give two or more.")
         rows, columns = self._canvas_grid(settings)
@@ -207,6 +173,15 @@ class PaellaPipeline(MusePipeline):
         return self._call(requests, given, output_type, history, canvas)
 
     # ----------------------------------------------------------------------------------- parts
+
+    def _interpolate(
+        self, requests: Requests, way: Way, given: Mapping[str, Any], output_type: str, history: bool
+    ) -> MuseOutput:
+        given = dict(given)
+        blank = self._blank(len(requests), *self._canvas_grid(given))
+        shares = np.stack([1 - way.weights, way.weights], axis=-1)[:, None, None]
+        canvas = dataclasses.replace(blank, texts=way.texts, shares=np.broadcast_to(shares, (*blank.tokens.shape, 2)))
+        return self._call(requests, given, output_type, history, canvas)
 
     def _paint(
         self,
@@ -369,12 +344,6 @@ def _row(values: Any, piece: slice, bucket: int) -> Any:
     part = values[piece]
     places = part.reshape(len(part), -1, *part.shape[3:])
     return _padded(places, bucket)
-
-
-def _texts(prompt: Any) -> list[str]:
-    if isinstance(prompt, str) or not all(isinstance(text, str) for text in prompt):
-        raise TypeError(f"prompt is {prompt!r}; expected a list of strings.")
-    return list(prompt)
 
 
 def _columns(count: int, width: int, height: int) -> list[tuple[int, int, int, int]]:

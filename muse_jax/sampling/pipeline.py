@@ -23,7 +23,7 @@ from muse_jax.sampling import editing, guidance, sampler
 from muse_jax.sampling import folder as pipeline_folder
 from muse_jax.sampling.folder import PipelineError
 from muse_jax.sampling.output import OUTPUT_TYPES, MuseOutput
-from muse_jax.sampling.requests import Requests, Some, make_requests
+from muse_jax.sampling.requests import Requests, Some, list_of_texts, make_requests
 from muse_jax.text import vocabulary
 from muse_jax.training import checkpoint
 
@@ -32,6 +32,19 @@ STREAMS = {"base": 0, "superres": 1}  # of the stages' randomness
 PER_PICTURE = ("guidance_scale", "token_temperature", "choice_temperature", "top_p", "typical_p")
 NUMBERS = ("guidance_power", "guidance_start", "guidance_end", "remasking")  # one a call
 PER_CALL = ("num_inference_steps", "schedule", "guidance_ramp", "top_k", "selection_rule", *NUMBERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """Pictures on the way from one prompt to another.
+
+    Attributes:
+      texts: the first prompt and the second, once for each picture.
+      weights: float32 [n], of the second.
+    """
+
+    texts: tuple[tuple[str, ...], tuple[str, ...]]
+    weights: np.ndarray
 
 
 class MusePipeline(editing.Editing):
@@ -174,11 +187,47 @@ class MusePipeline(editing.Editing):
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         return self._call(requests, given, output_type, history)
 
+    def interpolate(
+        self,
+        prompt: Sequence[str],
+        num_pictures: int = 5,
+        negative_prompt: str | None = None,
+        guidance_scale: Some = None,
+        num_inference_steps: Any = None,
+        seed: int = 0,
+        output_type: str = "pil",
+        *,
+        history: bool = False,
+        **settings: Any,
+    ) -> MuseOutput:
+        """Pictures on the way from one prompt to another, all from the same noise.
+
+        Muse blends the logits of the two, Paella what its layers make of them.
+
+        Args:
+          prompt: two prompts, or names of classes.
+          num_pictures: at least 2; the first has the first prompt alone, the last the second.
+        """
+        texts = [self._named(text) for text in list_of_texts(prompt)]
+        if len(texts) != 2:
+            raise ValueError(f"interpolation is between 2 prompts, and {len(texts)} are given.")
+        if isinstance(num_pictures, bool) or not isinstance(num_pictures, int | np.integer) or num_pictures < 2:
+            raise ValueError(f"num_pictures is {num_pictures!r}; expected a whole number of at least 2.")
+        weights = np.linspace(0.0, 1.0, num_pictures, dtype=np.float32)
+        labels = [f"{1 - weight:.0%} {texts[0]}, {weight:.0%} {texts[1]}" for weight in weights]
+        requests = make_requests(labels, self._named(negative_prompt), 1, [seed] * num_pictures)
+        given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
+        way = Way(((texts[0],) * num_pictures, (texts[1],) * num_pictures), weights)
+        return self._interpolate(requests, way, given, output_type, history)
+
+    def _interpolate(
+        self, requests: Requests, way: Way, given: Mapping[str, Any], output_type: str, history: bool
+    ) -> MuseOutput:
+        return self._call(requests, given, output_type, history, way=way)
+
     def _requests(self, prompt: Some, negative_prompt: Some, num_images_per_prompt: Any, seed: Some) -> Requests:
         """See `make_requests`; here numbers of classes become names, and names as the model has them."""
-        if self.classes:
-            prompt, negative_prompt = (self._class_names(value) for value in (prompt, negative_prompt))
-        return make_requests(prompt, negative_prompt, num_images_per_prompt, seed)
+        return make_requests(self._named(prompt), self._named(negative_prompt), num_images_per_prompt, seed)
 
     def class_name(self, label: str | int | np.integer) -> str:
         """The name of a class from its name, written in any way, or its number; '' is no class.
@@ -190,10 +239,12 @@ class MusePipeline(editing.Editing):
             label = int(label)
         return self._vocabularies["base"].name(label)
 
-    def _class_names(self, value: Some) -> Some:
+    def _named(self, value: Some) -> Some:
+        if not self.classes:
+            return value
         if isinstance(value, str | int | np.integer) and not isinstance(value, bool):
             return self.class_name(value)
-        return [self._class_names(one) for one in value] if isinstance(value, list | tuple | np.ndarray) else value
+        return [self._named(one) for one in value] if isinstance(value, list | tuple | np.ndarray) else value
 
     def _call(
         self,
@@ -202,18 +253,20 @@ class MusePipeline(editing.Editing):
         output_type: str,
         history: bool,
         loops: Mapping[str, editing.Loop] | None = None,
+        way: Way | None = None,
     ) -> MuseOutput:
         """The decode loops, of empty canvases or of what `loops` holds for each stage."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(map(repr, OUTPUT_TYPES))}.")
         resolved = self._settings(given, requests)
-        self._warn(requests, resolved)
+        texts = (requests.prompts,) if way is None else way.texts
+        self._warn(dataclasses.replace(requests, prompts=sum(texts, ())), resolved)
         if loops is None:
             places = {name: np.prod(self.grid(name)) for name in self.token_stages}
             starts = {name: np.full((len(requests), n), self.mask_ids[name], np.int32) for name, n in places.items()}
             loops = {name: editing.Loop(start) for name, start in starts.items()}
         pieces = [
-            self._make(requests, resolved, loops, slice(start, start + self.max_batch_size), history)
+            self._make(requests, way, resolved, loops, slice(start, start + self.max_batch_size), history)
             for start in range(0, len(requests), self.max_batch_size)
         ]
         tokens = [np.concatenate([piece[name][0] for piece in pieces]) for name in self.token_stages]
@@ -343,6 +396,7 @@ class MusePipeline(editing.Editing):
     def _make(
         self,
         requests: Requests,
+        way: Way | None,
         resolved: Mapping[str, Mapping[str, Any]],
         loops: Mapping[str, editing.Loop],
         piece: slice,
@@ -352,13 +406,15 @@ class MusePipeline(editing.Editing):
         count = len(requests.prompts[piece])
         bucket = self._bucket(count)
         seeds = _padded(np.asarray(requests.seeds[piece], np.uint32), bucket)
+        weights = None if way is None else _padded(way.weights[piece], bucket)
+        prompts = (requests.prompts,) if way is None else way.texts
         made, low = {}, None
         for name in self.token_stages:
             model = self.stages[name].spec.model
             own = {k: _padded(v[piece], bucket) if k in PER_PICTURE else v for k, v in resolved[name].items()}
             # Of the whole call, not of the piece: a last piece without guidance needs no program of its own.
             guided = bool(np.any(resolved[name]["guidance_scale"] != 1))
-            texts = [requests.prompts[piece], requests.negative_prompts[piece]][: 1 + guided]
+            texts = [text[piece] for text in (*prompts, *[requests.negative_prompts] * guided)]
             length = self.stages[name].spec.condition_length
             encoded = [self._vocabularies[name].encode_batch(text, length) for text in texts]
             ids, mask = (np.concatenate([_padded(text[i], bucket) for text in encoded]) for i in range(2))
@@ -373,6 +429,7 @@ class MusePipeline(editing.Editing):
                 _padded(loop.start[piece], bucket),
                 _padded(known[piece], bucket),
                 seeds,
+                weights,
                 loop.plan(self._plan(name, own)),
                 spec=model,
                 rule=loop.rule,
@@ -418,6 +475,7 @@ def _fill(
     tokens,
     known,
     seeds,
+    weights,
     plan,
     *,
     spec,
@@ -426,14 +484,21 @@ def _fill(
     guided: bool,
     history: bool,
 ):
-    """Fills in the masked ones of a stage's tokens. With guidance the texts are [prompts; negative prompts]."""
+    """Fills in the masked ones of a stage's tokens.
+
+    With guidance the texts are [prompts; negative prompts], with weights [prompts; other prompts; ...].
+    """
     apply = partial(predictors.from_spec(spec).apply, {"params": params})
-    if low_tokens is not None and guided:
-        low_tokens = jnp.concatenate([low_tokens, low_tokens])
+    if low_tokens is not None:
+        low_tokens = jnp.concatenate([low_tokens] * (len(text_ids) // len(tokens)))
     embeddings = apply(text_ids, text_mask, method="encode_text")
     memory = apply(embeddings, text_mask, low_tokens, method="condition")  # once: no step changes it
+
+    def logits(tokens):
+        return apply(tokens, memory, method="logits")
+
     guide = guidance.guided if guided else guidance.unguided
-    predict = guide(lambda tokens: apply(tokens, memory, method="logits"))
+    predict = guide(logits if weights is None else guidance.between(logits, weights))
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stream))(seeds)
     return sampler.decode(predict, tokens, plan, keys, spec.codebook_size, known=known, select=rule, history=history)
 

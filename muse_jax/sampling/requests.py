@@ -102,3 +102,14 @@ def _spread(name: str, values: Any, count: int, images: int) -> Any:
         f"{name} has {len(values)} values for {count // images} prompts of {images} pictures; "
         "give one, one for each prompt, or one for each picture."
     )
+
+
+def list_of_texts(prompt: Any) -> list[str]:
+    """The prompts of one picture.
+
+    Raises:
+      TypeError: for one prompt alone, and for what is no text.
+    """
+    if isinstance(prompt, str) or not all(isinstance(text, str) for text in prompt):
+        raise TypeError(f"prompt is {prompt!r}; expected a list of strings.")
+    return list(prompt)

@@ -56,7 +56,7 @@ def test_tokens_fill_in_before_the_eyes(executed):
     assert len(np.unique(np.asarray(sheet.convert("L")))) > 10
 
 
-@pytest.mark.parametrize("start", ["BOX =", "INPAINT_PROMPT =", "EDIT_PROMPT ="])
+@pytest.mark.parametrize("start", ["BOX =", "INPAINT_PROMPT =", "EDIT_PROMPT =", "OTHER_PROMPT ="])
 def test_editing_shows_pictures(executed, start):
     (sheet,) = pictures(executed, start)
     assert len(np.unique(np.asarray(sheet.convert("L")))) > 10

@@ -186,6 +186,13 @@ def test_mask_free_editing_by_class(pipe):
     assert all(0 < (ids != given).sum() <= 3 * 2 for ids in made.tokens), "a tenth of 16, rounded up, at each step"
 
 
+def test_from_one_class_to_another(pipe):
+    way = pipe.interpolate(["red circle", "Blue Square"], 3, guidance_scale=2.0)
+    np.testing.assert_array_equal(way.tokens[0], pipe("red circle", guidance_scale=2.0).tokens[0])
+    with pytest.raises(ValueError, match="mauve"):
+        pipe.interpolate(["red circle", "mauve hexagon"])
+
+
 def test_a_folder_remembers_the_classes(pipe, tmp_path):
     pipe.save(tmp_path / "p")
     again = MusePipeline.load(tmp_path / "p", max_batch_size=4)

@@ -126,10 +126,46 @@ def test_mask_free_editing_within_a_mask(pipeline, picture):
     np.testing.assert_array_equal(made.tokens[:, :, 2:], np.stack([high[:, 2:]] * 3))
 
 
+def test_interpolation_starts_with_one_prompt_and_ends_with_the_other(pipeline):
+    def latent(output):
+        return np.concatenate([x.reshape(len(x), -1) for x in (output.low_tokens, output.tokens)], axis=1)
+
+    red, blue = (latent(pipeline([text] * 4, seed=[2] * 4, guidance_scale=3.0)) for text in ("a red circle", "blue"))
+    assert (red[0] != blue[0]).any()
+    way = latent(pipeline.interpolate(["a red circle", "blue"], 4, guidance_scale=3.0, seed=2))
+    np.testing.assert_array_equal(way[[0, -1]], [red[0], blue[0]])
+    equal = latent(pipeline.interpolate(["a red circle"] * 2, 4, guidance_scale=3.0, seed=2))
+    np.testing.assert_array_equal(equal, red)
+
+
+def test_interpolation_without_guidance_and_with_a_negative_prompt(pipeline):
+    way = pipeline.interpolate(["a red circle", "blue"], 3, guidance_scale=1.0, superres_guidance_scale=1.0)
+    plain = pipeline("a red circle", guidance_scale=1.0, superres_guidance_scale=1.0)
+    np.testing.assert_array_equal(way.tokens[0], plain.tokens[0])
+    away = pipeline.interpolate(["a red circle", "blue"], 4, "a square", guidance_scale=8.0)
+    assert (away.low_tokens != pipeline.interpolate(["a red circle", "blue"], 4, guidance_scale=8.0).low_tokens).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe: pipe.interpolate(["a"]), "between 2 prompts, and 1"),
+        (lambda pipe: pipe.interpolate("a red circle"), "expected a list"),
+        (lambda pipe: pipe.interpolate(["a", "b"], 1), "num_pictures is 1"),
+        (lambda pipe: pipe.interpolate(["a", "b"], True), "num_pictures is True"),
+    ],
+)
+def test_wrong_interpolations_are_refused_before_anything_is_compiled(pipeline, compiled, call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(pipeline)
+    assert compiled == []
+
+
 def test_other_prompts_masks_and_values_do_not_compile_again(pipeline, picture, compiled):
     def all_of_it(prompt, box, **settings):
         pipeline.inpaint([prompt] * 3, picture, box, **settings, output_type="latent")
         pipeline.edit([prompt] * 3, picture, box, num_inference_steps=5, top_k=0, **settings, output_type="latent")
+        pipeline.interpolate([prompt, "a square"], 3, **settings, output_type="latent")
 
     all_of_it(RED, (0, 0, 8, 8))
     compiled.clear()
