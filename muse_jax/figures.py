@@ -22,16 +22,17 @@ def samples(path: str | pathlib.Path, prompts: Sequence[str], pictures: Mapping[
     columns = 2 if len(prompts) > 1 else 1  # prompts beside each other
     rows = -(-len(prompts) // columns)
     width = len(pictures)
-    figure = Figure(figsize=(columns * width * 1.9, rows * 2.35), dpi=110)
-    sheet = figure.add_gridspec(rows, columns, wspace=0.08, hspace=0.3, left=0.01, right=0.99, top=0.97, bottom=0.04)
-    for i, prompt in enumerate(prompts):
-        cell = sheet[i // columns, i % columns].subgridspec(1, width, wspace=0.03)
-        for j, (title, column) in enumerate(pictures.items()):
-            axes = figure.add_subplot(cell[0, j])
+    captions = ["\n".join(textwrap.wrap(prompt, 28 * width)) for prompt in prompts]
+    lines = 1 + max(caption.count("\n") for caption in captions)
+    size = (columns * width * 1.9, rows * (2.15 + 0.14 * lines))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    for i, (caption, cell) in enumerate(
+        zip(captions, figure.subfigures(rows, columns, squeeze=False).flat, strict=False)
+    ):
+        for axes, (title, column) in zip(cell.subplots(1, width, squeeze=False)[0], pictures.items(), strict=True):
             _show(axes, column[i])
             axes.set_title(title, fontsize=7, color="0.4", pad=2)
-            if j == width // 2:
-                axes.set_xlabel("\n".join(textwrap.wrap(prompt, 24 * width)), fontsize=8, parse_math=False)
+        cell.supxlabel(caption, fontsize=8, parse_math=False)
     figure.savefig(path)
 
 
