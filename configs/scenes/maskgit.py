@@ -81,8 +81,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         schedule="cosine",
         guidance_scale=2.0,
         guidance_ramp="constant",
-        token_temperature=0.7,
-        choice_temperature=8.0,  # the authors' code: 4.5
+        token_temperature=1.0,
+        choice_temperature=4.5,  # the authors' code
         top_k=0,
         top_p=1.0,
     )

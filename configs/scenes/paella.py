@@ -2,8 +2,8 @@
 
     python -m muse_jax.train --config=configs/scenes/paella.py --workdir=runs/paella/base
 
-The tokens are those of the packaged pipeline's low-resolution tokenizer, 8x8 of pictures of 32x32 pixels. About 50
-minutes of one CPU core, 1.5 seconds a step. Variants: "" and "tiny" (for tests).
+The tokens are those of the packaged pipeline's low-resolution tokenizer, 8x8 of pictures of 32x32 pixels. About 40
+minutes of one CPU core, 1.2 seconds a step. Variants: "" and "tiny" (for tests).
 """
 
 import ml_collections
