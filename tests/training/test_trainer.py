@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 import toys
 
 from muse_jax import specs
-from muse_jax.training import feed, logs, resume, sharding, trainer, trees
+from muse_jax.training import feed, logs, resume, sharding, signals, trainer, trees
 from muse_jax.training import step as steps
 from muse_jax.training.checkpoint import CheckpointError, Checkpoints, load_stage
 
@@ -122,6 +123,29 @@ def test_stopped_and_started_again_gives_the_same_bits(tmp_path, kind):
     ]  # fmt: skip
     assert {step for step, *_ in kept[1]} == {2, 4, 6, 8}
     assert kept[0][-1] == kept[1][-1]
+
+
+@pytest.mark.parametrize("during", ["evaluate", "samples"])
+def test_sigterm_while_evaluating_or_drawing_saves_and_goes_on_to_the_same_bits(tmp_path, during):
+    class Interrupted(toys.Masked):
+        def evaluate(self, params, frozen, batch, key):
+            if during == "evaluate":
+                jax.debug.callback(lambda: os.kill(os.getpid(), signal.SIGTERM))
+            return super().evaluate(params, frozen, batch, key)
+
+        def samples(self, params, frozen, batch, key):
+            if during == "samples":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().samples(params, frozen, batch, key)
+
+    run = toys.spec(**{"train.eval_every": 4, "train.sample_every": 4})
+    with pytest.raises(signals.Stopped, match="SIGTERM at step 4"):
+        toys.train(run, tmp_path / "run", Interrupted())
+    assert (tmp_path / "run/checkpoints/4").is_dir()
+    toys.train(run, tmp_path / "run")
+    toys.train(run, tmp_path / "whole")
+    run_bits, whole_bits = (toys.bits(load_stage(tmp_path / name).params) for name in ("run", "whole"))
+    assert run_bits == whole_bits
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
