@@ -47,8 +47,6 @@ from muse_jax.evaluation import classes, edits, prompts, reconstruction, sweep
 from muse_jax.sampling import folder
 from muse_jax.specs import DataSpec
 
-UNGUIDED = {"guidance_scale": 1.0, "superres_guidance_scale": 1.0}
-
 
 class EvaluationError(ValueError):
     """Something that cannot be measured; the message says why and what to do."""
@@ -149,9 +147,11 @@ def measure_prompts(
         )
     if count < 1:
         raise EvaluationError(f"the number of prompts is {count}; expected at least 1.")
+    scales = ["guidance_scale", *["superres_guidance_scale"] * ("superres" in pipeline.stages)]
+    without_guidance = dict.fromkeys(scales, 1.0)
     runs = {
         "": (scenes.scenes(range(count), seed, "test"), {}),
-        "_unguided": (scenes.scenes(range(unguided), seed, "test"), UNGUIDED),
+        "_unguided": (scenes.scenes(range(unguided), seed, "test"), without_guidance),
         "_held_out": (scenes.scenes(range(held_out), seed, "held_out"), {}),
     }
     figures: dict[str, Any] = {}

@@ -156,6 +156,12 @@ def test_which_prompts_and_seeds_are_drawn(stages):
     assert {len(call) for call in calls} == {16}, "every call has the same shape, so that one compilation does"
 
 
+def test_one_resolution_has_one_guidance_scale(stages):
+    painter = Painter({name: stage for name, stage in stages.items() if name != "superres"}, lambda settings: True)
+    evaluate.measure_prompts(painter, 1, unguided=1, held_out=0, seed=3, progress=False)
+    assert [settings for *_, settings in painter.calls] == [{}, {"guidance_scale": 1.0}]
+
+
 def test_tokenizers_are_measured_on_the_scenes_of_the_prompts(stages):
     painter = Painter(stages, follows=lambda settings: True)
     figures = evaluate.measure_tokenizers(painter, 20, seed=3)
