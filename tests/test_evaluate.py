@@ -152,7 +152,12 @@ def test_which_prompts_and_seeds_are_drawn(stages):
     assert calls[1][:4] == test[16:]
     assert calls[2][:5] == test[:5]  # without guidance: the same prompts and the same seeds
     assert calls[3][:5] == held_out
-    assert [settings for *_, settings in painter.calls] == [{}, {}, evaluate.UNGUIDED, {}]
+    assert [settings for *_, settings in painter.calls] == [
+        {},
+        {},
+        dict.fromkeys(("guidance_scale", "superres_guidance_scale"), 1.0),
+        {},
+    ]
     assert {len(call) for call in calls} == {16}, "every call has the same shape, so that one compilation does"
 
 
