@@ -92,7 +92,7 @@ def _fill(params: Any, spec: specs.Spec, batch: int, low: Any, stream: int, wher
     plan = sampler.make_plan(tokens=tokens.shape[1], grid=spec.model.grid, **settings)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=where),
-        (ids, mask, low, tokens, known, seeds, plan),
+        (ids, mask, low, tokens, known, seeds, None, plan),  # not between two prompts
     )
     static = dict(spec=spec.model, rule=None, stream=stream, guided=guided, history=False)
     args = (params, *shapes)
