@@ -36,15 +36,15 @@ PER_CALL = ("num_inference_steps", "schedule", "guidance_ramp", "top_k", "select
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """Pictures on the way from one prompt to another.
+    """Pictures of one prompt, or on the way from one to another.
 
     Attributes:
-      texts: the first prompt and the second, once for each picture.
-      weights: float32 [n], of the second.
+      texts: the prompt, or the first and the second, once for each picture.
+      weights: float32 [n], of the second; None of one prompt.
     """
 
-    texts: tuple[tuple[str, ...], tuple[str, ...]]
-    weights: np.ndarray
+    texts: tuple[tuple[str, ...], ...]
+    weights: np.ndarray | None = None
 
 
 class MusePipeline(editing.Editing):
@@ -259,8 +259,8 @@ class MusePipeline(editing.Editing):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type is {output_type!r}; expected one of {', '.join(map(repr, OUTPUT_TYPES))}.")
         resolved = self._settings(given, requests)
-        texts = (requests.prompts,) if way is None else way.texts
-        self._warn(dataclasses.replace(requests, prompts=sum(texts, ())), resolved)
+        way = way or Way((requests.prompts,))
+        self._warn(dataclasses.replace(requests, prompts=sum(way.texts, ())), resolved)
         if loops is None:
             places = {name: np.prod(self.grid(name)) for name in self.token_stages}
             starts = {name: np.full((len(requests), n), self.mask_ids[name], np.int32) for name, n in places.items()}
@@ -396,7 +396,7 @@ class MusePipeline(editing.Editing):
     def _make(
         self,
         requests: Requests,
-        way: Way | None,
+        way: Way,
         resolved: Mapping[str, Mapping[str, Any]],
         loops: Mapping[str, editing.Loop],
         piece: slice,
@@ -406,15 +406,14 @@ class MusePipeline(editing.Editing):
         count = len(requests.prompts[piece])
         bucket = self._bucket(count)
         seeds = _padded(np.asarray(requests.seeds[piece], np.uint32), bucket)
-        weights = None if way is None else _padded(way.weights[piece], bucket)
-        prompts = (requests.prompts,) if way is None else way.texts
+        weights = None if way.weights is None else _padded(way.weights[piece], bucket)
         made, low = {}, None
         for name in self.token_stages:
             model = self.stages[name].spec.model
             own = {k: _padded(v[piece], bucket) if k in PER_PICTURE else v for k, v in resolved[name].items()}
             # Of the whole call, not of the piece: a last piece without guidance needs no program of its own.
             guided = bool(np.any(resolved[name]["guidance_scale"] != 1))
-            texts = [text[piece] for text in (*prompts, *[requests.negative_prompts] * guided)]
+            texts = [text[piece] for text in (*way.texts, *[requests.negative_prompts] * guided)]
             length = self.stages[name].spec.condition_length
             encoded = [self._vocabularies[name].encode_batch(text, length) for text in texts]
             ids, mask = (np.concatenate([_padded(text[i], bucket) for text in encoded]) for i in range(2))
