@@ -11,6 +11,8 @@ import importlib.util
 import os
 import platform
 import sys
+import threading
+import time
 from collections.abc import Mapping
 
 MALLOC_SETTINGS = {
@@ -62,10 +64,32 @@ def _helps(environment: Mapping[str, str]) -> bool:
         return False
     if platform.libc_ver()[0] != "glibc":
         return False
+    return not accelerated(environment)
+
+
+def accelerated(environment: Mapping[str, str]) -> bool:
+    """Whether jax would find a TPU or a GPU, or is told to use one; starts no backend."""
     platforms = environment.get("JAX_PLATFORMS", "")
     if platforms:
-        return platforms.split(",")[0] == "cpu"
-    return not any(glob.glob(device) for device in (*TPUS, *GPUS))
+        return platforms.split(",")[0] != "cpu"
+    return any(glob.glob(device) for device in (*TPUS, *GPUS))
+
+
+def end_with_parent() -> None:
+    """Ends this process at once when the one that started it is gone, if that asked for it (muse_jax/lanes.py).
+
+    A run that is killed loses no more than its last steps; one that outlived its parent would keep the workdir
+    from whoever starts the parent again.
+    """
+    parent = int(os.environ.get("MUSE_JAX_PARENT", 0))
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    if parent:
+        threading.Thread(target=watch, daemon=True, name="muse_jax parent").start()
 
 
 def quiet() -> None:

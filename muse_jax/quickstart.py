@@ -1,12 +1,12 @@
 """Trains the whole cascade on this machine, draws from it and measures how well it follows prompts.
 
-    python -m muse_jax.quickstart                              # some 18 minutes on 2 CPU cores
+    python -m muse_jax.quickstart                              # some 15 minutes on 2 CPU cores
     python -m muse_jax.quickstart --variant=long               # better pictures: up to 2 hours
     python -m muse_jax.quickstart --configs=configs/pictures --data_path=FOLDER --workdir=DIR
 
-Every stage is trained by the same function as `python -m muse_jax.train`, from configs/scenes/*.py.
-Stopped at any point and started again it goes on. In the workdir: a folder for each stage,
-`pipeline/` for `python -m muse_jax.sample`, samples.png, decoding.png, curves.png and report.json.
+Every stage is a run of `python -m muse_jax.train`, from configs/scenes/*.py; on a CPU with several cores some
+of them side by side (`LANES`). Stopped at any point and started again it goes on. In the workdir: a folder for
+each stage, `pipeline/` for `python -m muse_jax.sample`, samples.png, decoding.png, curves.png and report.json.
 """
 
 from muse_jax import process
@@ -16,9 +16,9 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import gc
 import importlib.util
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -29,6 +29,8 @@ from typing import Any
 
 from absl import app, flags
 
+from muse_jax import lanes
+
 _BEGAN = time.monotonic()  # before the imports that take seconds
 # In the order of training; a stage's config says in which of these keys it wants an earlier one.
 STAGES: dict[str, dict[str, str]] = {
@@ -38,6 +40,9 @@ STAGES: dict[str, dict[str, str]] = {
     "superres": {"tokenizer": "tokenizer_high", "low_tokenizer": "tokenizer_low"},
     "decoder": {"init_from": "tokenizer_high"},
 }
+# What is trained at the same time on the cores of a CPU, when the stage that both lanes read is there.
+FIRST = "tokenizer_low"
+LANES = (("base",), ("tokenizer_high", "superres", "decoder"))
 TITLES = {"low_images": "low resolution", "high_images": "high resolution", "images": "fine-tuned decoder"}
 PROMPTS = (
     "a large red circle above a small blue square on a white background",
@@ -49,6 +54,7 @@ PROMPTS = (
     "two large purple circles on a gray background",
     "a pink background with a little blue triangle above a big yellow square",
 )
+TRAINING = "training"  # all stages; those of several lanes take less than the sum of their minutes
 EVALUATED = {"": 500, "long": 500, "tiny": 4}  # held-out prompts
 
 
@@ -69,16 +75,27 @@ class Setup:
 
 
 class Minutes:
-    """Time spent in each part, kept in a file: it adds up over restarts, whatever ended the process."""
+    """Time spent in each part, kept in a file: it adds up over restarts, whatever ended the process.
+
+    Parts may be within others, or at the same time.
+    """
 
     def __init__(self, path: pathlib.Path, every: float = 2.0):
-        self._path, self._every = path, every
+        self._path, self._every, self._writing = path, every, threading.Lock()
         self.parts: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
 
     def add(self, part: str, seconds: float) -> None:
         """Counts time that has passed already."""
-        self.parts[part] = self.parts.get(part, 0.0) + seconds / 60
-        write_json(self._path, self.parts)
+        self._note(part, self.parts.get(part, 0.0) + seconds / 60)
+
+    def total(self) -> float:
+        """Minutes from start to end; stages are a part of the training."""
+        return sum(spent for part, spent in self.parts.items() if part not in STAGES)
+
+    def _note(self, part: str, spent: float) -> None:
+        with self._writing:  # parts may overlap
+            self.parts[part] = spent
+            write_json(self._path, self.parts)
 
     @contextlib.contextmanager
     def spent_on(self, part: str) -> Iterator[None]:
@@ -86,8 +103,7 @@ class Minutes:
         before, start, done = self.parts.get(part, 0.0), time.monotonic(), threading.Event()
 
         def note() -> None:
-            self.parts[part] = before + (time.monotonic() - start) / 60
-            write_json(self._path, self.parts)
+            self._note(part, before + (time.monotonic() - start) / 60)
 
         def keep_noting() -> None:
             while not done.wait(self._every):
@@ -116,8 +132,14 @@ def configs_folder() -> pathlib.Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
+def stage_overrides(where: Setup, stage: str) -> dict[str, str]:
+    """What a stage's config gets on the command line: the stages before it, in the workdir, and the data."""
+    found = {f"task.{key}": str(where.workdir / earlier) for key, earlier in STAGES[stage].items()}
+    return found | ({"data.path": where.data_path} if where.data_path else {})
+
+
 def stage_config(where: Setup, stage: str) -> Any:
-    """The config of a stage, reading the stages before it from the workdir."""
+    """The config of a stage as it is trained."""
     path = where.configs / f"{stage}.py"
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; --configs must name a folder with a config for each stage.")
@@ -125,32 +147,62 @@ def stage_config(where: Setup, stage: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(where.variant)
-    for key, earlier in STAGES[stage].items():
-        config.task[key] = str(where.workdir / earlier)
-    if where.data_path:
-        config.data.path = where.data_path
+    config.update_from_flattened_dict(stage_overrides(where, stage))
     return config
 
 
+def job(where: Setup, stage: str) -> lanes.Job:
+    """The command that trains a stage."""
+    config = f"{where.configs / stage}.py" + (f":{where.variant}" if where.variant else "")
+    overrides = (f"--config.{key}={value}" for key, value in stage_overrides(where, stage).items())
+    command = ("muse_jax.train", f"--config={config}", f"--workdir={where.workdir / stage}", *overrides)
+    return lanes.Job(stage, command)
+
+
 def train_stages(where: Setup, minutes: Minutes) -> tuple[dict[str, Any], bool]:
-    """Trains what is not finished; returns each stage's steps and last loss, and whether all were finished."""
-    import jax
+    """Trains what is not finished; returns each stage's steps and last loss, and whether all were finished.
 
-    from muse_jax import specs, train
+    Raises:
+      lanes.JobError: if a stage could not be trained.
+    """
+    from muse_jax import specs
+    from muse_jax.training import trainer
 
-    trained, finished = {}, []
-    for number, stage in enumerate(STAGES, start=1):
-        _say(f"[{number}/{len(STAGES)}] {stage}: {where.workdir / stage}")
-        spec = specs.from_config(stage_config(where, stage))
-        with minutes.spent_on(stage):
-            result = train.train(spec, str(where.workdir / stage))
-        trained[stage] = {"steps": result.step, "loss": result.metrics["loss"]}
-        finished.append(result.was_finished)
-        if result.was_finished:
-            _say(f"      was finished at step {result.step}")
-        jax.clear_caches()  # of programs that no other stage runs
-        gc.collect()
-    return trained, all(finished)
+    wanted = {stage: specs.from_config(stage_config(where, stage)) for stage in STAGES}
+
+    def finished() -> dict[str, Any]:
+        found = {stage: trainer.already_finished(spec, str(where.workdir / stage)) for stage, spec in wanted.items()}
+        return {stage: result for stage, result in found.items() if result is not None}
+
+    before = finished()
+    for stage, result in before.items():
+        _say(f"[{_number(stage)}] {stage}: was finished at step {result.step}")
+
+    @contextlib.contextmanager
+    def around(job: lanes.Job) -> Iterator[None]:
+        _say(f"[{_number(job.title)}] {job.title}: {where.workdir / job.title}")
+        with minutes.spent_on(job.title):
+            yield
+
+    with minutes.spent_on(TRAINING):
+        for group in groups():
+            left = [[job(where, stage) for stage in lane if stage not in before] for lane in group]
+            lanes.run([lane for lane in left if lane], around)
+    results = finished()
+    return {s: {"steps": results[s].step, "loss": results[s].metrics["loss"]} for s in STAGES}, len(before) == len(
+        STAGES
+    )
+
+
+def groups() -> list[tuple[tuple[str, ...], ...]]:
+    """What is trained one after another, in groups of lanes that are trained at once."""
+    if process.accelerated(os.environ) or len(lanes.cores()) < len(LANES):
+        return [(tuple(STAGES),)]  # one network has the whole accelerator, or the only core
+    return [((FIRST,),), LANES]
+
+
+def _number(stage: str) -> str:
+    return f"{list(STAGES).index(stage) + 1}/{len(STAGES)}"
 
 
 def prompts_for(pipeline: Any) -> list[str]:
@@ -197,7 +249,7 @@ def run(where: Setup) -> dict[str, Any]:
         report = finish(where, minutes)
         for stage, values in stages.items():
             values["minutes"] = round(minutes.parts[stage], 3)
-        total = {"minutes": round(sum(minutes.parts.values()), 3), "stages": stages}
+        total = {"minutes": round(minutes.total(), 3), "stages": stages}
         write_json(done, {**total, **report})
         return {**total, **report}
 
@@ -244,7 +296,7 @@ def _say(text: str) -> None:
 
 
 def _stop(number: int, _frame: Any) -> None:
-    """SIGTERM between the stages; the trainer has its own way while it trains."""
+    """Ends the program; what is being trained is stopped, and saves, on the way out."""
     print("\nstopped by SIGTERM\nThe same command goes on from here.", file=sys.stderr)
     sys.exit(128 + number)
 
@@ -255,16 +307,18 @@ def main(argv: list[str]) -> None:
     process.quiet()
     signal.signal(signal.SIGTERM, _stop)
     from muse_jax import train
-    from muse_jax.training import signals
 
     workdir = pathlib.Path(_WORKDIR.value)
     configs = pathlib.Path(_CONFIGS.value) if _CONFIGS.value else configs_folder() / "scenes"
     where = Setup(configs, _VARIANT.value, workdir, _DATA_PATH.value)
     try:
         print("\n" + summary(run(where), workdir))
-    except (signals.Stopped, KeyboardInterrupt) as stopped:
-        print(f"\n{str(stopped) or 'stopped'}\nThe same command goes on from here.", file=sys.stderr)
-        sys.exit(getattr(stopped, "exit_code", 130))
+    except KeyboardInterrupt:
+        print("\nstopped\nThe same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except lanes.JobError as failed:
+        print("\nThe same command goes on from here." if failed.was_stopped else f"\n{failed}", file=sys.stderr)
+        sys.exit(failed.exit_code)
     except (*train.MENDABLE, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)

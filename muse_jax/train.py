@@ -140,6 +140,7 @@ def check_vocabulary(spec: specs.Spec, vocabulary: Any) -> None:
 
 def main(argv: Sequence[str]) -> None:
     process.quiet()
+    process.end_with_parent()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     try:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
@@ -24,8 +25,7 @@ def test_it_leaves_everything_it_names(tiny_quickstart):
         steps = [path.name for path in (workdir / stage / "checkpoints").iterdir() if path.name.isdigit()]
         assert str(report["stages"][stage]["steps"]) in steps
         assert (workdir / stage / "metrics.jsonl").stat().st_size > 0
-    parts = sum(stage["minutes"] for stage in report["stages"].values())
-    assert 0 < parts < report["minutes"]
+    assert all(0 < stage["minutes"] < report["minutes"] for stage in report["stages"].values())
     for name in ("low", "high", "decoder"):
         assert {"psnr", "ssim", "codebook_used", "statements"} <= set(report["tokenizers"][name])
     prompts = report["prompts"]
@@ -51,6 +51,36 @@ def test_started_again_it_has_nothing_to_do(tiny_quickstart):
     assert again.stdout.count("was finished") == len(STAGES)
     assert (workdir / "report.json").read_text(encoding="utf-8") == before
     assert again.stdout.splitlines()[-1] == said.splitlines()[-1]
+
+
+def test_a_stage_that_cannot_be_trained_ends_all(tmp_path):
+    """And says which; what the stage says of it stands above."""
+    configs = tmp_path / "configs"
+    shutil.copytree(quickstart.configs_folder() / "scenes", configs)
+    config = configs / "tokenizer_low.py"
+    config.write_text(config.read_text(encoding="utf-8").replace('name="scenes"', 'name="folder", path="nowhere"'))
+    done = _run(tmp_path / "run", f"--configs={configs}")
+    assert done.returncode == 1
+    assert "nowhere" in done.stderr
+    assert "tokenizer_low ended with exit code 1: python -m muse_jax.train --config=" in done.stderr
+
+
+def test_the_order_of_training(monkeypatch):
+    """No stage is trained before those that it reads, on one core or an accelerator, or in lanes on several."""
+    for cores in ([3], [0, 1]):
+        monkeypatch.setattr(quickstart.lanes, "cores", lambda cores=cores: cores)
+        groups = quickstart.groups()
+        assert max(map(len, groups)) == min(len(cores), 2)
+        assert sorted(stage for group in groups for lane in group for stage in lane) == sorted(STAGES)
+        there: set[str] = set()
+        for group in groups:
+            lanes = [list(lane) for lane in group]
+            for lane in lanes:
+                for place, stage in enumerate(lane):
+                    assert set(quickstart.STAGES[stage].values()) <= there | set(lane[:place])
+            there |= {stage for lane in lanes for stage in lane}
+    monkeypatch.setattr(quickstart.process, "accelerated", lambda environment: True)
+    assert quickstart.groups() == [(tuple(STAGES),)]
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
@@ -113,6 +143,9 @@ with Minutes(pathlib.Path({str(path)!r}), every=0.1).spent_on("base"):
     assert minutes.parts["base"] - before == pytest.approx(0.3 / 60, rel=0.5)
     assert json.loads(path.read_text()) == minutes.parts
     assert minutes.parts["startup"] == pytest.approx(0.1)
+    with minutes.spent_on(quickstart.TRAINING), minutes.spent_on("superres"):
+        time.sleep(0.2)
+    assert minutes.total() == pytest.approx(0.1 + minutes.parts[quickstart.TRAINING]), "stages are within the training"
 
 
 def _run(workdir: pathlib.Path | str, *flags: str, cwd: pathlib.Path | None = None) -> subprocess.CompletedProcess:
