@@ -9,12 +9,13 @@ folder the figures of its report.json go into the pipeline's manifest.
 """
 
 import json
-import pathlib
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from absl import app, flags
+from etils import epath
 
 from muse_jax import process
 from muse_jax.evaluate import versions
@@ -26,12 +27,17 @@ FIGURES = ("tokenizers", "prompts")  # of report.json
 
 
 def assemble(
-    stages: pathlib.Path, out: pathlib.Path, *, command: str, figures: Mapping[str, Any] | None = None, dtype: str = ""
+    stages: os.PathLike[str],
+    out: os.PathLike[str],
+    *,
+    command: str,
+    figures: Mapping[str, Any] | None = None,
+    dtype: str = "",
 ) -> MusePipeline:
     """Writes the pipeline folder `out` from the folders below `stages`, and returns it opened.
 
     Args:
-      stages: holds a folder for each stage.
+      stages: holds a folder for each stage; it and `out` may be in a bucket (gs://).
       out: replaced if it is a pipeline already.
       command: what made the stages, for the manifest.
       figures: measured on the pipeline, for the manifest.
@@ -40,7 +46,8 @@ def assemble(
     Raises:
       PipelineError, StageError: if a stage is missing or damaged, or two don't fit.
     """
-    found = {name: str(stages / name) for name in pipeline_folder.STAGES if (stages / name).is_dir()}
+    stages = epath.Path(stages)
+    found = {name: str(stages / name) for name in pipeline_folder.STAGES if (stages / name).exists()}
     for model, tokenizer in (("base", "tokenizer_low"), ("superres", "tokenizer_high")):
         if model in found and tokenizer not in found:
             found[tokenizer] = checkpoint.load_stage(found[model]).spec.task.tokenizer
@@ -64,7 +71,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     process.quiet()
-    stages, out = pathlib.Path(_STAGES.value), pathlib.Path(_PIPELINE.value)
+    stages, out = epath.Path(_STAGES.value), epath.Path(_PIPELINE.value)
     report = stages / "report.json"
     figures = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
     command = figures.get("command", f"python -m muse_jax.train for each stage of {stages.name}")
@@ -74,7 +81,7 @@ def main(argv: list[str]) -> None:
     except (pipeline_folder.PipelineError, checkpoint.StageError, reading.CheckpointError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    size = sum(path.stat().length for stage in pipeline.stages for path in (out / stage).iterdir())
     print(f"{out}: {size / 2**20:.1f} MiB. To sample from it:")
     print(f'  python -m muse_jax.sample --pipeline={out} --{"class_label" if pipeline.classes else "prompt"}="..."')
 

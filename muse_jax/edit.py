@@ -3,6 +3,7 @@
     python -m muse_jax.edit --image=photo.png --prompt="..." --mask_image=mask.png    # white is repainted
     python -m muse_jax.edit --image=photo.png --prompt="..." --box=10,10,40,40        # left, top, right, bottom
     python -m muse_jax.edit --image=photo.png --prompt="..." --right=32 --bottom=16   # extended by these pixels
+    python -m muse_jax.edit --image=extended.png --noresize --prompt="..." --top=8    # and extended again
     python -m muse_jax.edit --image=photo.png --prompt="..."                          # all of it, little by little
 
 Without a picture:
@@ -42,7 +43,8 @@ WITHOUT_IMAGE = ("interpolate", "compose")
 WAYS = ("variations", *WITHOUT_IMAGE)  # flags that name a method
 PAELLA = ("strength", "variations", "compose")  # flags of its pipelines alone
 # Of the methods, as edits.json has them; what else made a picture is in it by other names.
-ARGUMENTS = (*SIDES, "mask_image", "blend", "share", "strength", "num_pictures", "regions")
+ARGUMENTS = (*SIDES, "mask_image", "blend", "resize", "share", "strength", "num_pictures", "regions")
+OF_AN_IMAGE = ("image", "box", "mask_image", "mask_free", "share", "strength", *SIDES)  # what else has no use for
 
 
 def method_of(values: flags.FlagValues) -> tuple[str, dict[str, Any]]:
@@ -51,35 +53,48 @@ def method_of(values: flags.FlagValues) -> tuple[str, dict[str, Any]]:
     Raises:
       ValueError: for flags that don't go together.
     """
-    ways = [name for name in WAYS if values[name].value]
+    ways = [name for name in WAYS if values[name].value or (name == "interpolate" and values.interpolate is not None)]
     if values.region and not values.compose:
         raise ValueError("--region is of --compose; give both.")
-    if len(ways) > 1 or (ways and (values.strength is not None or values.box or values.mask_image)):
-        raise ValueError(f"--{ways[0]} is a way of its own; leave the flags of the other ways out.")
     if ways:
-        return ways[0], _own(values, ways[0])
+        return ways[0], _own(values, ways)
     amounts = {side: values[side].value for side in SIDES if values[side].value}
     if values.box and values.mask_image:
         raise ValueError("--box and --mask_image both say what to repaint; give one of them.")
-    box = tuple(float(number) for number in values.box) if values.box else None
-    mask = box or values.mask_image or None
-    if amounts and (mask is not None or values.mask_free):
-        raise ValueError("--left, --top, --right and --bottom extend a picture; they go with no mask.")
+    mask = _box("--box", values.box) if values.box else values.mask_image or None
+    shared = {"blend": values.blend, **({} if values.resize else {"resize": False})}
+    chosen = {name: values[name].value for name in ("share", "strength") if values[name].value is not None}
+    if amounts and (mask is not None or values.mask_free or chosen):
+        raise ValueError("--left, --top, --right and --bottom extend a picture; they go with no mask and no strength.")
     if amounts:
-        return "outpaint", {**amounts, "blend": values.blend}
-    if mask is None or values.mask_free:
-        chosen = {name: values[name].value for name in ("share", "strength") if values[name].value is not None}
-        return "edit", {"mask_image": mask, **chosen, "history": True}
-    return "inpaint", {"mask_image": mask, "blend": values.blend}
+        return "outpaint", {**amounts, **shared}
+    if mask is None or values.mask_free or chosen:
+        return "edit", {"mask_image": mask, **shared, **chosen, "history": True}
+    return "inpaint", {"mask_image": mask, **shared}
 
 
-def _own(values: flags.FlagValues, way: str) -> dict[str, Any]:
+def _own(values: flags.FlagValues, ways: Sequence[str]) -> dict[str, Any]:
     """The arguments of a way that has flags of its own."""
+    way = ways[0]
+    allowed = ("image",) if way not in WITHOUT_IMAGE else ()
+    given = [name for name in OF_AN_IMAGE if values[name].present and name not in allowed]
+    others = [*ways[1:], *given]
+    if way == "variations":
+        others += [name for name in ("prompt", "class_label", "negative_prompt") if values[name].value]
+    if others:
+        raise ValueError(f"--{way} is a way of its own; leave --{' and --'.join(others)} out.")
     if way == "interpolate":
         return {"num_pictures": values.interpolate}
     if way == "compose" and values.region:
-        return {"regions": [tuple(float(number) for number in region.split(",")) for region in values.region]}
+        return {"regions": [_box("--region", region.split(",")) for region in values.region]}
     return {}
+
+
+def _box(flag: str, numbers: Sequence[str]) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in numbers)
+    except ValueError as error:
+        raise ValueError(f"{flag}={','.join(numbers)}: expected left,top,right,bottom in pixels.") from error
 
 
 def _shared(values: flags.FlagValues, pipeline: Any, name: str) -> dict[str, Any]:
@@ -121,7 +136,8 @@ def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any
     output = getattr(pipeline, name)(**arguments)
     kept = list(range(len(output.prompts)))
     if values.best_of > 1:
-        kept = ranking.best(output.images, sample.captions(pipeline, output.prompts), values.best_of)
+        captions = sample.captions(pipeline, output.prompts)
+        kept = ranking.best(output.images, captions, values.best_of, pipeline.image_size)
     out = pathlib.Path(values.out)
     pictures = _write(out, output, kept, values.image, strip=name == "edit")
     about = {"command": list(command), "method": name, "pipeline": values.pipeline or "packaged"}
@@ -172,6 +188,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list("box", [], "left,top,right,bottom in pixels of the image, instead of a mask.", values)
     flags.DEFINE_bool("mask_free", False, "With a mask: mask-free editing within it.", values)
     flags.DEFINE_bool("blend", True, "Put the original's pixels back where nothing was repainted.", values)
+    flags.DEFINE_bool("resize", True, "Resize the image to what the model makes; --noresize: take it as it is.", values)
     flags.DEFINE_float(
         "share", None, "Mask-free: share of the tokens drawn at each iteration; 0.08.", flag_values=values
     )

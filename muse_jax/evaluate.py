@@ -324,17 +324,20 @@ def evaluate_sweep(
     Raises:
       EvaluationError: the pipeline was trained on something else than scenes, or a number of steps can't be.
     """
-    from muse_jax.sampling.pipeline import MusePipeline
-
     if not _knows_scenes(pipeline):
         raise EvaluationError("a sweep reads what pictures show from generated scenes alone (data.name='scenes').")
     if not steps or min(steps) < 1:
         raise EvaluationError(f"--sweep_steps is {','.join(map(str, steps))!r}; expected numbers of at least 1.")
     start = time.monotonic()
-    base = MusePipeline({name: pipeline.stages[name] for name in folder.NEEDED}, max_batch_size=pipeline.max_batch_size)
+    if count < 2:
+        raise EvaluationError(f"--num_swept is {count}; a Fréchet distance needs at least 2 pictures.")
+    stages = {name: pipeline.stages[name] for name in folder.NEEDED}
+    base = type(pipeline)(stages, max_batch_size=pipeline.max_batch_size)
     total = count * len(steps) * (len(sweep.SCHEDULES) + len(sweep.SAMPLERS))
     with tqdm(total=total, unit="picture", disable=not progress, desc="sweep") as bar:
-        figures = sweep.measure(base, count, steps, seed, bar.update)
+        own = stages["base"].spec.sample.selection_rule
+        rule = own if own == "anywhere" else "most_confident"  # Paella's renoises anywhere
+        figures = sweep.measure(base, count, steps, seed, bar.update, rule)
     seconds = round(time.monotonic() - start, 1)
     settings = dataclasses.asdict(base.stages["base"].spec.sample)
     about = {"seed": seed, "sampler": settings, "seconds": seconds, "versions": versions()}
@@ -348,7 +351,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         (
             "out",
             "",
-            "JSON file to write; by default evaluation.json in the pipeline's folder, or here if that is none.",
+            "JSON file to write; by default evaluation.json in the pipeline's folder, or here without a local one.",
         ),
         ("data_path", "", "Folder of the pictures, where it is no longer the one trained on."),
     ):
@@ -373,7 +376,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 def out_path(values: flags.FlagValues) -> pathlib.Path:
     """Where the figures go."""
     name = "editing.json" if values.editing else "sweep.json" if values.sweep else "evaluation.json"
-    return pathlib.Path(values.out or pathlib.Path(values.pipeline or ".") / name)
+    beside = values.pipeline if "://" not in values.pipeline else ""  # a bucket's pipeline is left as it is
+    return pathlib.Path(values.out or pathlib.Path(beside or ".") / name)
 
 
 def _evaluate_all(pipeline: Any, values: flags.FlagValues) -> dict[str, Any]:
@@ -405,6 +409,8 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     """What the command does: measures, prints, writes; returns what it wrote."""
     from muse_jax.sampling.pipeline import MusePipeline
 
+    if values.editing and values.sweep:
+        raise EvaluationError("--editing and --sweep are measurements of their own; give one of them.")
     pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
     if values.editing:
         figures = evaluate_editing(pipeline, values.num_edits, values.seed)

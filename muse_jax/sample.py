@@ -154,7 +154,8 @@ def _best(pipeline: Any, requests: Any, images: Sequence[Any], best_of: int) -> 
 
     from muse_jax.evaluation import ranking
 
-    kept = ranking.best([np.asarray(image) for image in images], captions(pipeline, requests.prompts), best_of)
+    arrays = [np.asarray(image) for image in images]
+    kept = ranking.best(arrays, captions(pipeline, requests.prompts), best_of, pipeline.image_size)
     rows = {name: tuple(getattr(requests, name)[i] for i in kept) for name in ("prompts", "negative_prompts", "seeds")}
     each = requests.images_per_prompt // best_of
     return dataclasses.replace(requests, **rows, images_per_prompt=each), [images[i] for i in kept]

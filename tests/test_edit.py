@@ -34,7 +34,7 @@ def here(tiny_quickstart):
     [
         (["--mask_image=mask.png"], "inpaint", (64, 64)),
         (["--box=4,4,24,24", "--best_of=2"], "inpaint", (64, 64)),
-        (["--right=16", "--noblend"], "outpaint", (80, 64)),
+        (["--right=13", "--noblend", "--best_of=2"], "outpaint", (77, 64)),
         (["--num_inference_steps=3", "--num_images_per_prompt=2"], "edit", (64, 64)),
     ],
 )
@@ -66,7 +66,12 @@ def test_it_leaves_what_it_names(here, flags, method, size):
         (["--image=nowhere.png", f"--prompt={PROMPT}"], "'nowhere.png' can't be read"),
         (["--image=picture.png", f"--prompt={PROMPT}", "--box=1,2,3"], "left, top, right, bottom"),
         (["--image=picture.png", f"--prompt={PROMPT}", "--box=1,2,3,4", "--left=8"], "they go with no mask"),
-        (["--image=picture.png", f"--prompt={PROMPT}", "--left=3"], "multiple of 8"),
+        (["--image=picture.png", f"--prompt={PROMPT}", "--left=8", "--share=0.1"], "no strength"),
+        (["--image=picture.png", f"--prompt={PROMPT}", "--box=0,0,abc,4"], "--box=0,0,abc,4: expected"),
+        (["--image=picture.png", f"--prompt={PROMPT}", "--box=0,0,8,8", "--strength=0.5"], "--strength is for Paella"),
+        (["--interpolate=3", f"--prompt={PROMPT}", "--image=picture.png", "--right=8"], "leave --image and --right"),
+        (["--interpolate=0", f"--prompt={PROMPT}", f"--prompt={PROMPT}"], "num_pictures is 0"),
+        (["--variations", "--image=picture.png", f"--prompt={PROMPT}"], "leave --prompt out"),
         (["--image=picture.png", "--prompt=a cat", "--best_of=2"], "'a cat' is no caption"),
     ],
 )
@@ -96,8 +101,15 @@ def parsed(*flags):
             ["--compose", "--region=0,0,8,8", "--region=8,0,16,8"],
             ("compose", {"regions": [(0, 0, 8, 8), (8, 0, 16, 8)]}),
         ),
-        (["--strength=0.3"], ("edit", {"mask_image": None, "strength": 0.3, "history": True})),
-        (["--share=0.3"], ("edit", {"mask_image": None, "share": 0.3, "history": True})),
+        (["--strength=0.3"], ("edit", {"mask_image": None, "blend": True, "strength": 0.3, "history": True})),
+        (["--share=0.3"], ("edit", {"mask_image": None, "blend": True, "share": 0.3, "history": True})),
+        (
+            ["--box=0,0,8,8", "--strength=0.3", "--noresize"],
+            (
+                "edit",
+                {"mask_image": (0, 0, 8, 8), "blend": True, "resize": False, "strength": 0.3, "history": True},
+            ),
+        ),
     ],
 )
 def test_flags_choose_the_method(flags, expected):

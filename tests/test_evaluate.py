@@ -185,7 +185,7 @@ def test_tokenizers_are_measured_on_the_scenes_of_the_prompts(stages):
 def test_editing_is_measured(stages):
     """A pipeline that hands back what it was given changes nothing, and keeps all the rest."""
     painter = Painter(stages, follows=lambda settings: True)
-    painter.image_size, painter.cell = 64, 8
+    painter.image_size, painter.cell, painter.classes = 64, 8, ()
 
     def given(prompt, image, seed, output_type, mask_image=None, right=0):
         assert len(prompt) == len(image) == len(seed) <= 16

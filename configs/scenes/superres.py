@@ -95,11 +95,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.deadlines = dict(specs.DEADLINES)
     config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
-        num_inference_steps=16,  # Muse, section 2.8, has 8; a model of few steps draws shapes better with more
+        num_inference_steps=8,  # Muse, section 2.8
         schedule="cosine",
         guidance_scale=1.0,  # off: the low-resolution tokens say enough, and it takes half of the time
         guidance_ramp="constant",
-        token_temperature=0.3,  # nearly the likeliest tokens, as the low-resolution ones leave little to choose
+        token_temperature=0.01,  # the likeliest tokens, as the low-resolution ones leave little to choose
         choice_temperature=1.0,
         top_k=0,
         top_p=1.0,
@@ -107,7 +107,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant == "long":
         config.train.steps = 4200
         config.optimizer.adam_learning_rate = 2e-3
-        config.sample.update(num_inference_steps=8, token_temperature=0.8)
+        config.sample.token_temperature = 0.8
     if variant == "tiny":
         config.model.update(
             codebook_size=32, low_codebook_size=32, low_layers=1, layers=2, width=32, heads=2, mlp_width=64, unroll=2

@@ -113,8 +113,8 @@ def _claimed(match: re.Match) -> ClaimedGroup:
 # --------------------------------------------------------------------------- statements to truth
 
 
-def score(image: np.ndarray, caption: str) -> dict[str, bool]:
-    """Which of the caption's statements the picture, uint8 [s, s, 3], keeps.
+def score(image: np.ndarray, caption: str, side: int | None = None) -> dict[str, bool]:
+    """Which of the caption's statements the picture, uint8 [s, s, 3] or, with the scene's side, [h, w, 3], keeps.
 
     Returns:
       statement -> whether it holds. Statements are named by their kind (`KINDS`), those about an
@@ -125,7 +125,7 @@ def score(image: np.ndarray, caption: str) -> dict[str, bool]:
       CaptionError: the caption is not worded as captions of scenes are.
       ValueError: not a uint8 picture that can be read.
     """
-    return judge(reader.read(image), parse(caption))
+    return judge(reader.read(image, side), parse(caption))
 
 
 def judge(reading: reader.Reading, claim: Claim) -> dict[str, bool]:

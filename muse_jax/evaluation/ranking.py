@@ -19,18 +19,20 @@ def check(prompts: Sequence[str]) -> None:
             ) from error
 
 
-def best(images: Sequence[np.ndarray], prompts: Sequence[str], each: int) -> list[int]:
+def best(images: Sequence[np.ndarray], prompts: Sequence[str], each: int, side: int | None = None) -> list[int]:
     """The index of the best picture of each group; of equals the first.
 
     Args:
       images: uint8 [h, w, 3] each; pictures of one prompt are neighbours.
       prompts: of each picture.
       each: pictures in a group.
+      side: of the square scenes that the model was trained on, for pictures that are larger; see `reader.read`.
 
     Raises:
       ValueError: as `check`.
     """
     check(prompts)
-    held = [list(statements.score(image, prompt).values()) for image, prompt in zip(images, prompts, strict=True)]
+    pairs = zip(images, prompts, strict=True)
+    held = [list(statements.score(image, prompt, side).values()) for image, prompt in pairs]
     shares = np.array([np.mean(values) for values in held]).reshape(-1, each)
     return (np.arange(len(shares)) * each + shares.argmax(axis=1)).tolist()

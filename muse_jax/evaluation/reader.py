@@ -72,14 +72,17 @@ class _Fit:
     residual: float  # what of it the shape does not explain
 
 
-def read(image: np.ndarray) -> Reading:
+def read(image: np.ndarray, side: int | None = None) -> Reading:
     """What a picture shows: uint8 [s, s, 3], RGB, any size s from 32.
+
+    Args:
+      side: of a picture of another form, [h, w, 3], the side of the square scenes that it is an extension of, by
+        which objects are small or large.
 
     Raises:
       ValueError: the picture is not uint8 RGB, not square, or smaller than 32.
     """
-    picture = _working_picture(image)
-    side = picture.shape[0]
+    picture, side = _working_picture(image, side)
     background = _background(picture)
     difference = picture - background
     share = _object_share(difference, background)
@@ -89,7 +92,7 @@ def read(image: np.ndarray) -> Reading:
     for i, box in enumerate(ndimage.find_objects(labels)):
         if areas[i] < _SPECK * side**2:
             continue
-        window = tuple(slice(max(s.start - 3, 0), min(s.stop + 3, side)) for s in box)
+        window = tuple(slice(max(s.start - 3, 0), s.stop + 3) for s in box)
         blob = labels[window] == i + 1
         others = (labels[window] > 0) & ~blob
         for fit in _read_blob(difference[window], background, share[window], blob, others):
@@ -121,22 +124,29 @@ def _seen(fit: _Fit, background: np.ndarray, side: int, window: tuple[slice, ...
 # --------------------------------------------------------------------------- pixels to blobs
 
 
-def _working_picture(image: np.ndarray) -> Float[np.ndarray, "s s 3"]:
-    """The picture as float32 in 0..255, at most `_WORKING_SIDE` wide."""
+def _working_picture(image: np.ndarray, side: int | None) -> tuple[Float[np.ndarray, "h w 3"], int]:
+    """The picture as float32 in 0..255, and its scene's side, at most `_WORKING_SIDE`."""
     image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or image.shape[0] != image.shape[1]:
-        raise ValueError(f"expected a square uint8 picture [s, s, 3]; got {image.dtype} {list(image.shape)}.")
-    side = image.shape[0]
-    if side < 32:
-        raise ValueError(f"the picture is {side} pixels wide; objects can be told apart from 32.")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"expected a uint8 picture [s, s, 3]; got {image.dtype} {list(image.shape)}.")
+    if side is None and image.shape[0] != image.shape[1]:
+        raise ValueError(f"expected a square picture [s, s, 3], or its scene's side; got {list(image.shape)}.")
+    side = side or image.shape[0]
+    if min(side, *image.shape[:2]) < 32:
+        raise ValueError(f"the picture is {min(image.shape[:2])} pixels wide; objects can be told apart from 32.")
     picture = image.astype(np.float32)
     if side <= _WORKING_SIDE:
-        return picture
-    edges = np.arange(_WORKING_SIDE + 1) * (side / _WORKING_SIDE)
-    pixels = np.arange(side)
+        return picture, side
+    rows, columns = (_means(length, round(length * _WORKING_SIDE / side)) for length in image.shape[:2])
+    return np.einsum("ai,ijc,bj->abc", rows, picture, columns, optimize=True), _WORKING_SIDE
+
+
+def _means(length: int, parts: int) -> Float[np.ndarray, "p l"]:
+    """Weights that average a row of pixels down to so many parts."""
+    edges = np.arange(parts + 1) * (length / parts)
+    pixels = np.arange(length)
     cover = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    weights = (np.clip(cover, 0, 1) * (_WORKING_SIDE / side)).astype(np.float32)
-    return np.einsum("ai,ijc,bj->abc", weights, picture, weights, optimize=True)
+    return (np.clip(cover, 0, 1) * (parts / length)).astype(np.float32)
 
 
 def _nearest(colors: np.ndarray, table: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ SCHEDULES = {name: {"schedule": name} for name in (*CONCAVE, "linear", *CONVEX)}
 # Against the pipeline's own settings, at equal steps.
 SAMPLERS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
+    "most confident": {"selection_rule": "most_confident"},
     "halton": {"selection_rule": "halton"},
     "halton, arccos": {"selection_rule": "halton", "schedule": "arccos"},
     "remask": {"selection_rule": "remask"},
@@ -34,6 +35,7 @@ def measure(
     steps: Sequence[int] = STEPS,
     seed: int = 0,
     advance: Callable[[int], Any] = lambda made: None,
+    rule: str = "most_confident",
 ) -> dict[str, Any]:
     """Draws the same prompts with the same seeds by every schedule and sampler, with every number of steps.
 
@@ -42,6 +44,7 @@ def measure(
       count: pictures of each.
       steps: numbers of decoding steps, of the base model.
       advance: called with the number of pictures that were made.
+      rule: which the schedules are compared with; MaskGIT's.
 
     Returns:
       schedules, samplers: {name: one {"steps", "accuracy" (0..1), "frechet"} for each number of steps};
@@ -65,9 +68,11 @@ def measure(
         return {"steps": number, "accuracy": float(accuracy), "frechet": found}
 
     # Numbers of steps outermost: what is compiled for one serves all schedules.
-    rows = {kind: {name: [] for name in table} for kind, table in (("schedules", SCHEDULES), ("samplers", SAMPLERS))}
+    schedules = {name: {"selection_rule": rule, **settings} for name, settings in SCHEDULES.items()}
+    tables = {"schedules": schedules, "samplers": SAMPLERS}
+    rows = {kind: {name: [] for name in table} for kind, table in tables.items()}
     for number in steps:
-        for kind, table in (("schedules", SCHEDULES), ("samplers", SAMPLERS)):
+        for kind, table in tables.items():
             for name, settings in table.items():
                 rows[kind][name].append(run(settings, number))
     decoded = pipeline.decode_tokens("tokenizer_low", pipeline.encode("tokenizer_low", true[:count]))

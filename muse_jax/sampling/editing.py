@@ -51,8 +51,10 @@ class Editing:
     """What `MusePipeline` does with pictures that are given.
 
     An `image` is a PIL picture, an array [h, w, 3] of uint8, or a path; of any size and mode. Its
-    shorter side is resized to what the pipeline makes, the longer one cropped about the centre.
-    Images and masks are one for all prompts, or one a prompt. The other arguments are those of a call.
+    shorter side is resized to what the pipeline makes, the longer one cropped about the centre. With
+    `resize=False` it is taken as it is, as is wanted of a picture that was outpainted before: its sides
+    are then multiples of `cell` and at least `image_size`. Images and masks are one for all prompts, or
+    one a prompt. The other arguments are those of a call.
     """
 
     def inpaint(
@@ -68,6 +70,7 @@ class Editing:
         output_type: str = "pil",
         *,
         blend: bool = True,
+        resize: bool = True,
         history: bool = False,
         **settings: Any,
     ) -> MuseOutput:
@@ -76,7 +79,7 @@ class Editing:
         Args:
           image: see `Editing`.
           mask_image: white is repainted: a picture or array [h, w] of the image's size, a path, or a
-            box (left, top, right, bottom) in the image's pixels.
+            box (left, top, right, bottom) in the image's pixels. What is transparent in it is black.
           blend: put the original's pixels back wherever no token was open. Without it they are the
             decoder's, which changes what it was given a little.
 
@@ -85,10 +88,9 @@ class Editing:
         """
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         requests = self._requests(prompt, negative_prompt, num_images_per_prompt, seed)
-        images, boxes = _open_images(image, requests), _listed(mask_image, requests, "mask_image")
-        canvas = self._squared(images, [_mask(box, picture) for box, picture in zip(boxes, images, strict=True)])
-        if not canvas.repaint.any(axis=(1, 2)).all():
-            raise ValueError("mask_image repaints nothing: it has no white part within the square that is kept.")
+        if mask_image is None:
+            raise ValueError("mask_image is None; give a picture or a box, or use `edit`, which needs none.")
+        canvas = self._given(image, mask_image, requests, resize)
         return self._paint(requests, canvas.repeated(requests.images_per_prompt), given, output_type, blend, history)
 
     def outpaint(
@@ -107,6 +109,7 @@ class Editing:
         output_type: str = "pil",
         *,
         blend: bool = True,
+        resize: bool = True,
         **settings: Any,
     ) -> MuseOutput:
         """Extends a picture beyond its sides, by any amount (section 3.3.1).
@@ -116,7 +119,8 @@ class Editing:
 
         Args:
           image: see `Editing`; here the longer side is kept, as far as it is whole cells.
-          left, top, right, bottom: pixels to add, multiples of `cell` (a low-resolution token's side).
+          left, top, right, bottom: pixels to add. Tokens have sides of `cell` pixels: what is painted
+            beyond these amounts is cut off.
         """
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         requests = self._requests(prompt, negative_prompt, num_images_per_prompt, seed)
@@ -124,20 +128,19 @@ class Editing:
         for side, amount in amounts.items():
             if isinstance(amount, bool) or not isinstance(amount, int | np.integer) or amount < 0:
                 raise ValueError(f"{side} is {amount!r}; expected a number of pixels of at least 0.")
-            if amount % self.cell:
-                near = max(1, round(amount / self.cell)) * self.cell
-                raise ValueError(f"{side} is {amount}; expected a multiple of {self.cell} pixels, such as {near}.")
         if not any(amounts.values()):
             raise ValueError("left, top, right and bottom are all 0; give at least one of them.")
-        pictures = [_whole_cells(picture, self.image_size, self.cell) for picture in _open_images(image, requests)]
-        if len({picture.shape for picture in pictures}) > 1:
-            raise ValueError("the images have different shapes after resizing; outpaint them one by one.")
+        fitted = _whole_cells if resize else _as_it_is
+        pictures = _stacked([fitted(picture, self.image_size, self.cell) for picture in _open_images(image, requests)])
+        beyond = {side: -amount % self.cell for side, amount in amounts.items()}
+        left, top, right, bottom = (amount + beyond[side] for side, amount in amounts.items())
         around = ((0, 0), (top, bottom), (left, right))
         canvas = Canvas(
-            np.pad(np.stack(pictures), (*around, (0, 0)), mode="edge"),
-            np.pad(np.zeros((len(pictures), *pictures[0].shape[:2]), bool), around, constant_values=True),
+            np.pad(pictures, (*around, (0, 0)), mode="edge"),
+            np.pad(np.zeros(pictures.shape[:3], bool), around, constant_values=True),
         )
-        return self._paint(requests, canvas.repeated(requests.images_per_prompt), given, output_type, blend, False)
+        output = self._paint(requests, canvas.repeated(requests.images_per_prompt), given, output_type, blend, False)
+        return dataclasses.replace(output, cut=tuple(extra / self.cell for extra in beyond.values()))
 
     def edit(
         self,
@@ -152,6 +155,7 @@ class Editing:
         output_type: str = "pil",
         *,
         share: float = SHARE,
+        blend: bool = True,
         history: bool = False,
         **settings: Any,
     ) -> MuseOutput:
@@ -166,13 +170,16 @@ class Editing:
           image: see `Editing`.
           mask_image: if given, tokens outside the white part stay.
           share: of the tokens masked at each iteration, in (0, 1].
+          blend: as `inpaint` has it, of what is outside the mask.
         """
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}; expected more than 0 and at most 1.")
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         given = EDIT | {name: value for name, value in given.items() if value is not None}
         requests = self._requests(prompt, negative_prompt, num_images_per_prompt, seed)
-        tokens = self._tokens(self._editable(image, mask_image, requests).repeated(requests.images_per_prompt))
+        canvas = self._given(image, mask_image, requests).repeated(requests.images_per_prompt)
+        tokens = self._tokens(canvas)
+        originals = self._originals(canvas, tokens) if blend else None
         start = tokens["base"].ids.reshape(len(requests), -1).copy()
         editable = tokens["base"].open.reshape(start.shape)
         for row, places, number in zip(start, editable, requests.seeds, strict=True):
@@ -181,26 +188,26 @@ class Editing:
             row[chosen] = self.mask_ids["base"]
         loops = {name: Loop(_masked(grid.ids, grid.open, self.mask_ids[name])) for name, grid in tokens.items()}
         loops["base"] = Loop(start, known=~editable, rule=selection.anywhere, keep_count=True)
-        return self._call(requests, given, output_type, history, loops)
+        return dataclasses.replace(self._call(requests, given, output_type, history, loops), originals=originals)
 
     # ----------------------------------------------------------------------------------- parts
 
-    def _squared(self, images: Sequence[Image.Image], masks: Sequence[Image.Image]) -> Canvas:
-        """Pictures, and masks of their sizes, as the pipeline's squares."""
-        size = self.image_size
-        return Canvas(
-            np.stack([_square(picture, size) for picture in images]),
-            np.stack([_square(mask, size)[..., 0] > 127 for mask in masks]),
-        )
-
-    def _editable(self, image: Any, mask_image: Any, requests: Requests) -> Canvas:
+    def _given(self, image: Any, mask_image: Any, requests: Requests, resize: bool = True) -> Canvas:
         """The given pictures, one a prompt; where there is no mask all of a picture may change."""
-        images, boxes = _open_images(image, requests), _listed(mask_image, requests, "mask_image")
-        masks = [
-            Image.new("L", picture.size, 255) if box is None else _mask(box, picture)
-            for box, picture in zip(boxes, images, strict=True)
+        images, masks = _open_images(image, requests), _listed(mask_image, requests, "mask_image")
+        repaint = [
+            Image.new("L", picture.size, 255) if mask is None else _mask(mask, picture)
+            for mask, picture in zip(masks, images, strict=True)
         ]
-        return self._squared(images, masks)
+        fitted = _square if resize else _as_it_is
+        pictures = _stacked([fitted(picture, self.image_size, self.cell) for picture in images])
+        canvas = Canvas(pictures, np.stack([_fitted_mask(mask, self.image_size, resize) for mask in repaint]))
+        if not canvas.repaint.any(axis=(1, 2)).all():
+            raise ValueError(
+                "mask_image repaints nothing: no part of it is white (over 127 of 255) in the square that is kept of "
+                "the picture, about its centre."
+            )
+        return canvas
 
     def _paint(
         self, requests: Requests, canvas: Canvas, given: Mapping, output_type: str, blend: bool, history: bool
@@ -248,8 +255,17 @@ class Editing:
         if (height, width) == side:
             yield 0, 0
             return
-        known = ~tokens.open.any(axis=0)
+        yield from self._windows_outward(~tokens.open.any(axis=0), side)
+        for row in _sweep(0, height, side[0]):  # what is open in between, of a mask in a large picture
+            for column in _sweep(0, width, side[1]):
+                if tokens.open[:, row : row + side[0], column : column + side[1]].any():
+                    yield row, column
+
+    def _windows_outward(self, known: Bool[np.ndarray, "r c"], side: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        height, width = known.shape
         rows, columns = (np.flatnonzero(known.any(axis=axis)).tolist() for axis in (1, 0))
+        if not rows:
+            return
         for row in _sweep(rows[0], rows[-1] + 1, side[0]):
             for column in _outward(columns[0], columns[-1] + 1, width, side[1]):
                 yield row, column
@@ -358,27 +374,37 @@ def _open(image: Any, name: str) -> Image.Image:
     from muse_jax.data import transforms  # its room takes a while to import, and most calls have no picture
 
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise ValueError(
-                f"{name} is an array of {image.dtype} and shape {image.shape}; expected uint8 [h, w, 3] or [h, w]."
-            )
-        image = Image.fromarray(image)
+        image = _from_array(image, name)
     elif not isinstance(image, Image.Image):
         try:
             image = transforms.open_image(image)
             image.load()
         except (transforms.UnusableError, OSError, TypeError, AttributeError) as error:
             raise ValueError(f"{name} {image!r} can't be read: {error}.") from error
-    return transforms.to_rgb(transforms.upright(image))
+    image = transforms.upright(image)
+    if name == "mask_image" and "A" in image.getbands():  # strokes on nothing: what is transparent is not repainted
+        image = Image.composite(image.convert("RGB"), Image.new("RGB", image.size), image.getchannel("A"))
+    return transforms.to_rgb(image)
+
+
+def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
+    if pixels.dtype == bool and name == "mask_image":
+        pixels = pixels.astype(np.uint8) * 255
+    flat = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
+    if flat.dtype != np.uint8 or flat.ndim not in (2, 3) or flat.shape[2:] not in ((), (3,), (4,)):
+        raise ValueError(
+            f"{name} is an array of {pixels.dtype} and shape {pixels.shape}; expected uint8 [h, w, 3] or [h, w]."
+        )
+    return Image.fromarray(flat)
 
 
 def _mask(mask: Any, picture: Image.Image) -> Image.Image:
     """A grey picture of the image's size, white where it is repainted."""
-    if isinstance(mask, np.ndarray) and mask.dtype == bool:
-        mask = mask.astype(np.uint8) * 255
+    if isinstance(mask, np.ndarray) and mask.shape == (4,):
+        mask = mask.tolist()
     if isinstance(mask, Sequence) and not isinstance(mask, str):
         return _box(mask, picture)
-    mask = _open(mask, "mask_image").convert("L")
+    mask = _open(mask, "mask_image").convert("L").point(lambda value: 255 * (value > 127))
     if mask.size != picture.size:
         raise ValueError(
             f"mask_image is {mask.size[0]} x {mask.size[1]} pixels and the image {picture.size[0]} x "
@@ -389,7 +415,7 @@ def _mask(mask: Any, picture: Image.Image) -> Image.Image:
 
 def _box(box: Sequence[Any], picture: Image.Image) -> Image.Image:
     width, height = picture.size
-    if len(box) != 4 or not all(isinstance(v, int | float | np.number) for v in box):
+    if len(box) != 4 or not all(isinstance(v, int | float | np.number) and np.isfinite(v) for v in box):
         raise ValueError(f"mask_image is {box!r}; expected a picture or a box (left, top, right, bottom).")
     left, top, right, bottom = (int(round(float(v))) for v in box)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
@@ -402,10 +428,37 @@ def _box(box: Sequence[Any], picture: Image.Image) -> Image.Image:
     return mask
 
 
-def _square(picture: Image.Image, size: int) -> np.ndarray:
+def _square(picture: Image.Image, size: int, cell: int = 1) -> np.ndarray:
     from muse_jax.data import transforms
 
-    return transforms.square(picture.convert("RGB"), size)
+    return transforms.square(picture, size)
+
+
+def _fitted_mask(mask: Image.Image, size: int, resize: bool) -> Bool[np.ndarray, "h w"]:
+    """Which pixels of the picture, cut and resized as `_square` does it, have something white in them."""
+    if not resize:
+        return np.asarray(mask) > 0
+    side = min(mask.size)
+    left, top = ((edge - side) / 2 for edge in mask.size)
+    # The mean of the pixels that fall together, as float: of a thousand a single white one counts.
+    box = (left, top, left + side, top + side)
+    return np.asarray(mask.convert("F").resize((size, size), Image.Resampling.BOX, box=box)) > 0
+
+
+def _stacked(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    if len({picture.shape for picture in pictures}) > 1:
+        raise ValueError("the images have different shapes after resizing; edit them one by one.")
+    return np.stack(pictures)
+
+
+def _as_it_is(picture: Image.Image, size: int, cell: int) -> np.ndarray:
+    """The picture's own pixels."""
+    if any(side % cell or side < size for side in picture.size):
+        raise ValueError(
+            f"the image is {picture.size[0]} x {picture.size[1]} pixels; with resize=False its sides must be "
+            f"multiples of {cell} and at least {size}. Crop it, or let it be resized."
+        )
+    return np.asarray(picture)
 
 
 def _whole_cells(picture: Image.Image, size: int, cell: int) -> np.ndarray:

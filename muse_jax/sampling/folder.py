@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from etils import epath
+
 from muse_jax import specs
 
 FORMAT = 1
@@ -27,14 +29,14 @@ class PipelineError(ValueError):
     """A pipeline folder that cannot be used, or stages that don't fit; the message names the mend."""
 
 
-def read(folder: str | os.PathLike[str]) -> tuple[dict[str, pathlib.Path], dict[str, Any]]:
-    """Where a pipeline folder's stages are, and its manifest.
+def read(folder: str | os.PathLike[str]) -> tuple[dict[str, epath.Path], dict[str, Any]]:
+    """Where a pipeline folder's stages are, and its manifest. The folder may be in a bucket (gs://).
 
     Raises:
       PipelineError: if it is no pipeline folder, or one that this version cannot read.
     """
-    folder = pathlib.Path(folder)
-    if not (folder / FILE).is_file():
+    folder = epath.Path(folder)
+    if not (folder / FILE).exists():
         where = "is a folder without" if folder.is_dir() else "is not there, so it has no"
         raise PipelineError(
             f"{folder} {where} {FILE}; name a folder that the quickstart or MusePipeline.assemble wrote."
@@ -50,7 +52,7 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, pathlib.Path], dict[
             "install the version that wrote it, or assemble the pipeline again from its stages."
         )
     _check_names(stages, str(folder))
-    gone = [name for name, where in stages.items() if not (folder / where).is_dir()]
+    gone = [name for name, where in stages.items() if not (folder / where).exists()]
     if gone:
         raise PipelineError(
             f"{folder} lacks the folders of {', '.join(gone)}; copy the whole folder, or write it again."
@@ -67,7 +69,8 @@ def write(
     """Writes a pipeline folder whole or not at all; a pipeline that is there is replaced.
 
     Args:
-      folder: its parent is made if need be.
+      folder: its parent is made if need be. In a bucket, which can't rename folders, it is a pipeline once its
+        pipeline.json is there, which is deleted first and written last.
       stages: name -> anything that `save` can write.
       manifest: of the pipeline's making (command, seed, versions, figures); JSON values.
       save: (folder, stage) writes a stage folder.
@@ -75,12 +78,15 @@ def write(
     Raises:
       PipelineError: if something else is in the way.
     """
+    content = {"format": FORMAT, "stages": {name: name for name in stages}, "manifest": dict(manifest)}
+    text = json.dumps(content, indent=1) + "\n"
+    if "://" in os.fspath(folder):
+        _write_in_bucket(epath.Path(folder), stages, text, save)
+        return
     folder = pathlib.Path(os.path.abspath(folder))
     if folder.exists() and not (folder / FILE).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
         raise PipelineError(f"{folder} holds something else than a pipeline; name another folder.")
     draft, previous = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("draft", "previous"))
-    content = {"format": FORMAT, "stages": {name: name for name in stages}, "manifest": dict(manifest)}
-    text = json.dumps(content, indent=1) + "\n"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
@@ -93,6 +99,15 @@ def write(
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _write_in_bucket(
+    folder: epath.Path, stages: Mapping[str, Any], text: str, save: Callable[[Any, Any], None]
+) -> None:
+    (folder / FILE).unlink(missing_ok=True)
+    for name, stage in stages.items():
+        save(folder / name, stage)
+    (folder / FILE).write_text(text)
 
 
 def check(stages: Mapping[str, specs.Spec]) -> None:

@@ -41,6 +41,8 @@ class MuseOutput:
     steps: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = dataclasses.field(default=None, repr=False)
     # {stage: (uint8 [n, h, w, 3], bool [n, h, w])}: pictures whose pixels stay but where the mask is True
     originals: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = dataclasses.field(default=None, repr=False)
+    # Left, top, right, bottom: what pictures lack of their outermost low-resolution tokens, shares of a token's side.
+    cut: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
     @functools.cached_property
     def images(self) -> Any:
@@ -80,6 +82,13 @@ class MuseOutput:
         if self.originals is not None:
             original, repainted = self.originals[stage]
             images = np.where(repainted[..., None], images, original)
+        images = self._trimmed(images)
         if self.output_type == "pil":
             return [Image.fromarray(image) for image in images]
         return images.astype(np.float32) / 255 if self.output_type == "np" else images
+
+    def _trimmed(self, images: np.ndarray) -> np.ndarray:
+        height, width = images.shape[1:3]
+        cell = height // self.low_tokens.shape[1]
+        left, top, right, bottom = (round(share * cell) for share in self.cut)
+        return images[:, top : height - bottom, left : width - right]

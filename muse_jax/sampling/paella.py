@@ -66,6 +66,8 @@ class PaellaPipeline(MusePipeline):
         output_type: str = "pil",
         *,
         strength: float | int = STRENGTH,
+        blend: bool = True,
+        resize: bool = True,
         history: bool = False,
         **settings: Any,
     ) -> MuseOutput:
@@ -78,6 +80,7 @@ class PaellaPipeline(MusePipeline):
           image: see `editing.Editing`.
           mask_image: if given, tokens outside the white part stay.
           strength: from 0, which gives the picture back, to 1, which ignores it.
+          blend, resize: as in `inpaint`.
 
         Raises:
           ValueError, TypeError: naming the argument, before anything is compiled.
@@ -86,9 +89,9 @@ class PaellaPipeline(MusePipeline):
             raise ValueError(f"strength is {strength!r}; expected 0 (keeps the image) to 1 (ignores it).")
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         requests = self._requests(prompt, negative_prompt, num_images_per_prompt, seed)
-        canvas = self._editable(image, mask_image, requests).repeated(requests.images_per_prompt)
+        canvas = self._given(image, mask_image, requests, resize).repeated(requests.images_per_prompt)
         canvas = dataclasses.replace(canvas, repaint=canvas.repaint & (strength > 0))
-        return self._paint(requests, canvas, given, output_type, True, history, float(strength))
+        return self._paint(requests, canvas, given, output_type, blend, history, float(strength))
 
     def variations(
         self,
@@ -155,7 +158,7 @@ class PaellaPipeline(MusePipeline):
         if len(regions) != len(texts):
             raise ValueError(f"{len(regions)} regions are given for {len(texts)} prompts; give one for each prompt.")
         page = Image.new("L", (columns * self.cell, rows * self.cell))
-        inside = np.stack([np.asarray(editing._mask(region, page)) > 127 for region in regions])
+        inside = np.stack([np.asarray(editing._mask(region, page)) > 0 for region in regions])
         covered = inside.reshape(len(texts), rows, self.cell, columns, self.cell).mean(axis=(2, 4))
         for text, share in zip(texts, covered, strict=True):
             if not share.any():
@@ -264,7 +267,7 @@ class PaellaPipeline(MusePipeline):
         count, (rows, columns) = len(requests.prompts[piece]), canvas.tokens.shape[1:]
         bucket = self._bucket(count)
         own = {k: _padded(v[piece], bucket) if k in PER_PICTURE else v for k, v in settings.items()}
-        guided = bool(np.any(settings["guidance_scale"] != 1))
+        guided = self._guided("base", settings)
         start_time = min(1 - canvas.strength, 0.999)  # nothing is open at strength 0
         plan = sampler.make_plan(tokens=rows * columns, grid=(rows, columns), start_time=start_time, **own)
         open_ = canvas.open[piece].reshape(count, -1)

@@ -31,7 +31,8 @@ STREAMS = {"base": 0, "superres": 1}  # of the stages' randomness
 # Numbers; lists are welcome.
 PER_PICTURE = ("guidance_scale", "token_temperature", "choice_temperature", "top_p", "typical_p")
 NUMBERS = ("guidance_power", "guidance_start", "guidance_end", "remasking")  # one a call
-PER_CALL = ("num_inference_steps", "schedule", "guidance_ramp", "top_k", "selection_rule", *NUMBERS)
+WORDS = ("schedule", "guidance_ramp", "selection_rule")
+PER_CALL = ("num_inference_steps", "top_k", *WORDS, *NUMBERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,8 +179,10 @@ class MusePipeline(editing.Editing):
         Raises:
           ValueError, TypeError: naming the argument, before anything is compiled.
         """
-        if (prompt is None) == (class_label is None):
-            raise ValueError("give a prompt" + (" or a class_label, not both." if self.classes else "."))
+        if prompt is None and class_label is None:
+            raise ValueError("give a prompt" + (" or a class_label." if self.classes else "."))
+        if prompt is not None and class_label is not None:
+            raise ValueError("prompt and class_label are both given; give one, not both.")
         if class_label is not None and not self.classes:
             raise ValueError("class_label is given, but this pipeline's model is conditioned on text; give a prompt.")
         prompt = class_label if prompt is None else prompt
@@ -189,9 +192,9 @@ class MusePipeline(editing.Editing):
 
     def interpolate(
         self,
-        prompt: Sequence[str],
+        prompt: Sequence[Some],
         num_pictures: int = 5,
-        negative_prompt: str | None = None,
+        negative_prompt: Some = None,
         guidance_scale: Some = None,
         num_inference_steps: Any = None,
         seed: int = 0,
@@ -205,10 +208,10 @@ class MusePipeline(editing.Editing):
         Muse blends the logits of the two, Paella what its layers make of them.
 
         Args:
-          prompt: two prompts, or names of classes.
+          prompt: two prompts, or classes by name or number.
           num_pictures: at least 2; the first has the first prompt alone, the last the second.
         """
-        texts = [self._named(text) for text in list_of_texts(prompt)]
+        texts = list_of_texts(self._named(prompt))
         if len(texts) != 2:
             raise ValueError(f"interpolation is between 2 prompts, and {len(texts)} are given.")
         if isinstance(num_pictures, bool) or not isinstance(num_pictures, int | np.integer) or num_pictures < 2:
@@ -366,6 +369,8 @@ class MusePipeline(editing.Editing):
                 isinstance(value, bool) or not isinstance(value, int | np.integer)
             ):
                 raise TypeError(f"{key} is {value!r}; expected a whole number.")
+            if name in WORDS and not isinstance(value, str):
+                raise TypeError(f"{key} is {value!r}; expected a name.")
             if name in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float | np.number)):
                 raise TypeError(f"{key} is {value!r}; expected a number.")
             resolved[stage][name] = value
@@ -393,6 +398,14 @@ class MusePipeline(editing.Editing):
         if any(requests.negative_prompts) and not any(np.any(scale != 1) for scale in scales):
             warnings.warn("negative_prompt has no effect at guidance_scale=1; use a larger one.", stacklevel=3)
 
+    def _guided(self, stage: str, settings: Mapping[str, Any]) -> bool:
+        """Whether a call's program has guidance's other half.
+
+        Of the whole call, and where a stage is meant to be guided also at a scale of 1, so that neither a last
+        piece nor another scale needs a program of its own. At 1 the other half changes no bit.
+        """
+        return self.stages[stage].spec.sample.guidance_scale != 1 or bool(np.any(settings["guidance_scale"] != 1))
+
     def _make(
         self,
         requests: Requests,
@@ -411,8 +424,7 @@ class MusePipeline(editing.Editing):
         for name in self.token_stages:
             model = self.stages[name].spec.model
             own = {k: _padded(v[piece], bucket) if k in PER_PICTURE else v for k, v in resolved[name].items()}
-            # Of the whole call, not of the piece: a last piece without guidance needs no program of its own.
-            guided = bool(np.any(resolved[name]["guidance_scale"] != 1))
+            guided = self._guided(name, resolved[name])
             texts = [text[piece] for text in (*way.texts, *[requests.negative_prompts] * guided)]
             length = self.stages[name].spec.condition_length
             encoded = [self._vocabularies[name].encode_batch(text, length) for text in texts]

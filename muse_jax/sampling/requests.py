@@ -79,7 +79,7 @@ def _texts(name: str, value: Any) -> list[str]:
 
 def _seeds(seed: Any, count: int, images: int) -> tuple[int, ...]:
     seeds = np.asarray(seed)
-    if seeds.dtype.kind not in "iu":
+    if seeds.dtype.kind not in "iu" or seeds.ndim > 1:
         raise TypeError(f"seed is {seed!r}; expected a whole number or a list of them.")
     if seeds.ndim == 0 or (len(seeds) * images == count and len(seeds) != count):
         each = np.asarray(_spread("seed", seeds, count, images), np.int64) + np.tile(np.arange(images), count // images)
@@ -110,6 +110,6 @@ def list_of_texts(prompt: Any) -> list[str]:
     Raises:
       TypeError: for one prompt alone, and for what is no text.
     """
-    if isinstance(prompt, str) or not all(isinstance(text, str) for text in prompt):
+    if isinstance(prompt, str):
         raise TypeError(f"prompt is {prompt!r}; expected a list of strings.")
-    return list(prompt)
+    return _texts("prompt", prompt)

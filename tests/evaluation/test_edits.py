@@ -13,7 +13,7 @@ CASES = edits.cases(24)
 
 def rendered(case, size=64):
     """The given picture with the group as the prompt says."""
-    claim = prompts.parse(case.prompt)
+    claim = prompts.parse(case.caption)
     groups = tuple(
         dataclasses.replace(group, color=said.color, shape=said.shape)
         for group, said in zip(case.scene.groups, claim.groups, strict=True)
@@ -26,6 +26,15 @@ def test_a_perfect_edit_scores_one_and_no_edit_changes_nothing():
     assert perfect == {"count": 24, "changed": 1.0, "others": 1.0, "others_all": 1.0}
     undone = edits.summarize([(case, scenes.render(case.scene, 64)) for case in CASES], "rest")
     assert undone == {"count": 24, "changed": 0.0, "others": 1.0, "others_all": 1.0}
+
+
+def test_for_classes_one_object_becomes_another_class():
+    asked = edits.cases(24, seed=2, classes=True)
+    assert {case.prompt for case in asked} <= {" ".join(pair) for pair in scenes.CLASSES}
+    perfect = edits.summarize([(case, rendered(case)) for case in asked], "kept")
+    assert perfect == {"count": 24, "changed": 1.0, "others": 1.0, "others_all": 1.0}
+    undone = edits.summarize([(case, scenes.render(case.scene, 64)) for case in asked], "kept")
+    assert undone["changed"] == 0
 
 
 def test_what_is_lost_outside_is_counted():

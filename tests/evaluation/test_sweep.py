@@ -87,6 +87,8 @@ def test_what_cannot_be_swept_is_said():
         evaluate.evaluate_sweep(types.SimpleNamespace(stages={"base": scene}), 4, (0, 4))
     with pytest.raises(evaluate.EvaluationError, match="'4,x'; expected whole numbers"):
         evaluate._numbers(["4", "x"])
+    with pytest.raises(evaluate.EvaluationError, match="--num_swept is 1; a Fréchet distance needs"):
+        evaluate.evaluate_sweep(types.SimpleNamespace(stages={"base": scene}), 1, (4,))
 
 
 def test_samplers_differ_from_the_default_in_what_a_sampler_knows():

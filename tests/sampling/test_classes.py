@@ -134,6 +134,8 @@ def test_texts_have_no_classes_and_one_resolution_no_super_resolution(pipe, pipe
         pipe(class_label=1, superres_top_k=3)
     with pytest.raises(TypeError, match="remasking is 'much'; expected a number"):
         pipe(class_label=1, remasking="much")
+    with pytest.raises(TypeError, match=r"selection_rule is \['remask'\]; expected a name"):
+        pipe(class_label=1, selection_rule=["remask"])
 
 
 def test_another_class_seed_or_guidance_compiles_nothing(pipe, compiled):
@@ -144,6 +146,7 @@ def test_another_class_seed_or_guidance_compiles_nothing(pipe, compiled):
     compiled.clear()
     call(["", 2, 2], seed=99, guidance_scale=9.5, guidance_start=0.3, guidance_ramp="power_cosine", schedule="linear")
     call([2, 1, 0, 0], negative_prompt=1, choice_temperature=1.0, guidance_power=4.0)
+    call([1, 1, 0], guidance_scale=1.0)
     assert compiled == []
 
 
@@ -191,6 +194,8 @@ def test_from_one_class_to_another(pipe):
     np.testing.assert_array_equal(way.tokens[0], pipe("red circle", guidance_scale=2.0).tokens[0])
     with pytest.raises(ValueError, match="mauve"):
         pipe.interpolate(["red circle", "mauve hexagon"])
+    numbered = pipe.interpolate([0, 1], 3, guidance_scale=2.0)
+    np.testing.assert_array_equal(numbered.tokens, way.tokens)
 
 
 def test_a_folder_remembers_the_classes(pipe, tmp_path):

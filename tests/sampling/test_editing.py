@@ -105,6 +105,52 @@ def test_outpainting_goes_on_from_a_longer_picture(pipeline, picture):
     np.testing.assert_array_equal(second[:, :, :24], first)
 
 
+def test_outpainting_goes_on_from_a_picture_that_grew_on_both_sides(pipeline, picture):
+    first = pipeline.outpaint([RED] * 3, picture, right=8, bottom=8, output_type="uint8").images
+    second = pipeline.outpaint([RED] * 3, list(first), left=8, resize=False, output_type="uint8").images
+    assert second.shape == (3, 24, 32, 3)
+    np.testing.assert_array_equal(second[:, :, 8:], first)
+    box = (14, 4, 30, 22)
+    painted = pipeline.inpaint([RED] * 3, list(second), box, resize=False, output_type="uint8")
+    assert painted.images.shape == second.shape
+    assert painted.tokens.max() < 13
+    assert painted.low_tokens.max() < 11
+    stays = np.ones((24, 32), bool)
+    stays[4:24, 12:32] = False  # the box, in high tokens of 4 pixels
+    np.testing.assert_array_equal(painted.images[:, stays], second[:, stays])
+    assert (painted.images != second).any()
+
+
+def test_outpainting_by_less_than_a_token_cuts_the_rest_off(pipeline, picture):
+    whole = pipeline.outpaint([RED] * 3, picture, right=8, top=8, output_type="uint8")
+    made = pipeline.outpaint([RED] * 3, picture, right=3, top=5, output_type="uint8")
+    np.testing.assert_array_equal(made.images, whole.images[:, 3:, :-5])
+    np.testing.assert_array_equal(made.images[:, 5:, :16], np.stack([picture] * 3))
+    assert made.low_images.shape == (3, 10, 10, 3), "half of the pixels, as near as can be"
+
+
+def test_a_mask_of_strokes_on_nothing_repaints_the_strokes(pipeline, picture):
+    strokes = np.zeros((SIZE, SIZE, 4), np.uint8)
+    strokes[9:12, 2:6] = 255
+    made = [
+        pipeline.inpaint([RED] * 3, picture, mask, output_type="uint8").images
+        for mask in (PIL.Image.fromarray(strokes), strokes, strokes[..., 3:], np.array([2, 9, 6, 12]))
+    ]
+    plain = pipeline.inpaint([RED] * 3, picture, (2, 9, 6, 12), output_type="uint8").images
+    for images in made:
+        np.testing.assert_array_equal(images, plain)
+
+
+def test_a_thin_mask_on_a_large_picture_is_seen(pipeline):
+    image = PIL.Image.new("RGB", (1200, 900), "white")
+    line = PIL.Image.new("L", image.size, 0)
+    line.paste(255, (600, 100, 601, 101))
+    made = pipeline.inpaint([RED] * 3, image, line)
+    open_ = made.originals["decoder"][1][0]
+    rows, columns = np.nonzero(open_)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 3, 8, 11), "the token with the pixel"
+
+
 def test_mask_free_editing_redraws_a_share_at_a_time(pipeline, picture):
     low, _ = of_tokens(pipeline, picture)
     made = pipeline.edit([RED] * 3, picture, num_inference_steps=5, top_k=0, share=0.25, history=True)
@@ -124,6 +170,10 @@ def test_mask_free_editing_within_a_mask(pipeline, picture):
     made = pipeline.edit([RED] * 3, picture, (0, 0, 8, 16), num_inference_steps=5, top_k=0, share=0.25)
     np.testing.assert_array_equal(made.low_tokens[:, :, 1], np.stack([low[:, 1]] * 3))
     np.testing.assert_array_equal(made.tokens[:, :, 2:], np.stack([high[:, 2:]] * 3))
+    stays = np.stack([picture[:, 8:]] * 3)
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in made.images])[:, :, 8:], stays)
+    again = dict(num_inference_steps=5, top_k=0, share=0.25, blend=False, output_type="uint8")
+    assert (pipeline.edit([RED] * 3, picture, (0, 0, 8, 16), **again).images[:, :, 8:] != stays).any()
 
 
 def test_interpolation_starts_with_one_prompt_and_ends_with_the_other(pipeline):
@@ -170,6 +220,7 @@ def test_other_prompts_masks_and_values_do_not_compile_again(pipeline, picture, 
     all_of_it(RED, (0, 0, 8, 8))
     compiled.clear()
     all_of_it("blue", (3, 5, 16, 9), seed=9, guidance_scale=2.5, negative_prompt="red", choice_temperature=1.0)
+    all_of_it("blue", (3, 5, 16, 9), guidance_scale=1.0, superres_guidance_scale=1.0)
     assert compiled == []
 
 
@@ -184,7 +235,13 @@ def test_other_prompts_masks_and_values_do_not_compile_again(pipeline, picture, 
         ("inpaint", {"mask_image": (0, 0, 4, 4), "image": np.zeros((4, 4, 3))}, "float64.*uint8"),
         ("inpaint", {"mask_image": [(0, 0, 4, 4)] * 2, "prompt": [RED] * 3}, "2 entries for 3 prompts"),
         ("outpaint", {}, "all 0"),
-        ("outpaint", {"right": 12}, "right is 12; expected a multiple of 8"),
+        ("inpaint", {"mask_image": (0, 0, float("nan"), 4)}, "left, top, right, bottom"),
+        ("inpaint", {"mask_image": (0, 0, float("inf"), 4)}, "left, top, right, bottom"),
+        ("inpaint", {"mask_image": None}, "mask_image is None"),
+        ("inpaint", {"mask_image": (0, 0, 4, 4), "image": np.zeros((4, 4, 5), np.uint8)}, "expected uint8"),
+        ("inpaint", {"mask_image": (0, 0, 4, 4), "image": np.zeros((18, 16, 3), np.uint8), "resize": False}, "16 x 18"),
+        ("outpaint", {"right": 8, "image": np.zeros((8, 16, 3), np.uint8), "resize": False}, "at least 16"),
+        ("edit", {"mask_image": np.zeros((16, 16), bool)}, "repaints nothing"),
         ("outpaint", {"left": -8}, "left is -8"),
         ("edit", {"share": 0.0}, "share is 0.0"),
     ],

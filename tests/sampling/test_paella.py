@@ -130,6 +130,20 @@ def test_strength_0_gives_the_image_back_and_1_ignores_it(pipe, picture):
     np.testing.assert_array_equal(masked.tokens[0][:, 2:], tokens_of(pipe, picture)[:, 2:])
 
 
+def test_a_picture_of_another_size_is_edited_as_it_is(pipe, picture):
+    large = np.concatenate([picture, picture[::-1]], axis=1)[:, :28]  # 16 x 28
+    kept = pipe.edit([RED] * 4, large, strength=0, resize=False, output_type="uint8")
+    np.testing.assert_array_equal(kept.images, np.stack([large] * 4))
+    made = pipe.inpaint([RED] * 4, large, (20, 0, 28, 8), resize=False, seed=[1, 2, 3, 4], output_type="uint8").images
+    stays = np.ones((16, 28), bool)
+    stays[:8, 20:] = False
+    np.testing.assert_array_equal(made[:, stays], np.stack([large[stays]] * 4))
+    assert (made != large).any()
+    more = pipe.outpaint([RED] * 4, large, bottom=3, resize=False, output_type="uint8").images
+    assert more.shape == (4, 19, 28, 3)
+    np.testing.assert_array_equal(more[:, :16], np.stack([large] * 4))
+
+
 def test_interpolation_between_equal_prompts_is_that_prompt(pipe):
     equal = pipe.interpolate([RED, RED], 4, seed=2)
     plain = pipe([RED] * 4, seed=[2] * 4)
@@ -167,6 +181,7 @@ def test_new_values_compile_nothing(pipe, picture, compiled):
     calls(RED, 0, 3.0, 0.5, (0, 0, 8, 8))
     del compiled[:]
     calls("a blue circle", 9, 5.0, 0.9, (3, 5, 16, 16))
+    calls("a blue circle", 9, 1.0, 0.9, (3, 5, 16, 16))
     assert not compiled
 
 
@@ -181,7 +196,7 @@ def test_new_values_compile_nothing(pipe, picture, compiled):
         (lambda pipe, image: pipe.compose([RED]), "give two or more"),
         (lambda pipe, image: pipe.compose([RED, BLUE], [(0, 0, 8, 8)]), "one for each prompt"),
         (lambda pipe, image: pipe.compose([RED, BLUE], [(0, 0, 8, 8), (0, 0, 99, 8)]), "doesn't lie within"),
-        (lambda pipe, image: pipe.outpaint(RED, image, left=3), "multiple of 4"),
+        (lambda pipe, image: pipe.outpaint(RED, image[:, :15], left=3, resize=False), "multiples of 4"),
         (lambda pipe, image: pipe(RED, typical_p=0.0), "typical_p is 0"),
     ],
 )

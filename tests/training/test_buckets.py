@@ -13,6 +13,7 @@ import toys
 from etils.epath import backend, gpath
 
 from muse_jax import specs
+from muse_jax.sampling import folder
 from muse_jax.training import logs, meter, profile, stage
 
 BUCKET = "gs://bucket"
@@ -50,6 +51,20 @@ def bucket(tmp_path, monkeypatch):
     monkeypatch.setattr(backend, "tf_backend", fake)
     monkeypatch.setattr(gpath, "_GCS_BACKENDS", {fake})
     return tmp_path
+
+
+def test_a_pipeline_folder_in_a_bucket(bucket):
+    def save(where, number):
+        stage.save_stage(where, toys.spec(), {"kernel": np.full(3, number, np.float32)})
+
+    for manifest in ({"seed": 3}, {"seed": 4}):
+        folder.write(f"{BUCKET}/made/p", {"tokenizer_low": 1, "base": 2}, manifest, save)
+        paths, found = folder.read(f"{BUCKET}/made/p")
+        assert found == manifest
+    assert sorted(os.listdir(bucket / "made/p")) == ["base", "pipeline.json", "tokenizer_low"]
+    np.testing.assert_array_equal(stage.load_stage(paths["base"]).params["kernel"], np.full(3, 2, np.float32))
+    with pytest.raises(folder.PipelineError, match="gs://bucket/made/q is not there"):
+        folder.read(f"{BUCKET}/made/q")
 
 
 def test_a_stage_folder_in_a_bucket(bucket):
