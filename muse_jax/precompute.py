@@ -6,9 +6,11 @@ Takes the config of the run that is to train on it, and writes the tokens of its
 both) and the captions, as ArrayRecord shards. Then train with the same config and
   --config.data.name=precomputed --config.data.path=data/tokens
 
-On any mesh and any number of processes. Stopped and started again, it goes on with the next shard. With
---epochs=N there are N different crops, flips and captions of each picture: the first N epochs of the run see
-what they would have seen. Tokens of other tokenizers, crops or sizes than the run's are refused when it starts.
+On any mesh and any number of processes: on a TPU slice the same command runs on every host, elsewhere every process
+gets --coordinator, --num_processes and --process_id, as of `muse_jax.train`. Stopped and started again, it goes on
+with the next shard. With --epochs=N there are N different crops, flips and captions of each picture: the first N
+epochs of the run see what they would have seen. Tokens of other tokenizers, crops or sizes than the run's are
+refused when it starts.
 
 Exit codes: 0 done; 1 an error, said in one message where it is the config's or the data's.
 """
@@ -39,7 +41,7 @@ from muse_jax.data import array_records
 from muse_jax.data import precomputed_source as records
 from muse_jax.data.loader import Batches
 from muse_jax.specs import SpecError
-from muse_jax.training import checkpoint, resume, sharding
+from muse_jax.training import checkpoint, hosts, resume, sharding
 
 SPLITS = ("train", "eval")
 PER_SHARD = 8192
@@ -276,8 +278,10 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     try:
+        spec = specs.from_config(_CONFIG.value)
+        train.join(spec.deadlines)
         manifest = precompute(
-            specs.from_config(_CONFIG.value),
+            spec,
             _OUT.value,
             text_embeddings=_EMBEDDINGS.value,
             epochs=_EPOCHS.value,
@@ -285,7 +289,9 @@ def main(argv: Sequence[str]) -> None:
         )
     except (*train.MENDABLE, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+        hosts.leave(1)
+    if not hosts.leads():
+        return
     for split, found in manifest["splits"].items():
         each = found["bytes"] / found["records"]
         print(f"{split}: {found['records']} records in {len(found['shards'])} shards, {each:.0f} bytes each")
@@ -297,5 +303,6 @@ if __name__ == "__main__":
     _EMBEDDINGS = flags.DEFINE_bool("text_embeddings", False, "Also the frozen text encoder's embeddings.")
     _EPOCHS = flags.DEFINE_integer("epochs", 1, "Of the training data: so many crops of each picture.")
     _PER_SHARD = flags.DEFINE_integer("per_shard", PER_SHARD, "Examples a file.")
+    train.define_process_flags()
     flags.mark_flags_as_required(["config", "out"])
     app.run(main)

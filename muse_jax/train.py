@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     try:
         spec = specs.from_config(_CONFIG.value)
-        _join(spec.deadlines)
+        join(spec.deadlines)
         result = train(spec, _WORKDIR.value)
     except signals.Stopped as stopped:
         print(f"{stopped}: {_WORKDIR.value}", file=sys.stderr)
@@ -164,12 +164,26 @@ def main(argv: Sequence[str]) -> None:
     print(f"{_WORKDIR.value} {state}: step {result.step}, {shown}")
 
 
-def _join(deadlines: specs.DeadlinesSpec) -> None:
+def define_process_flags() -> None:
+    """The flags that say which of several processes a command's process is; `join` reads them."""
+    flags.DEFINE_string("coordinator", None, "host:port of process 0; not needed on TPU slices.")
+    flags.DEFINE_integer("num_processes", None, "Processes of this run; not needed on TPU slices.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; not needed on TPU slices.")
+
+
+def join(deadlines: specs.DeadlinesSpec) -> None:
+    """Joins the run's other processes, if there are any; before anything asks jax for devices.
+
+    Raises:
+      app.UsageError: for flags that don't go together.
+      hosts.HostError: if the others can't be joined.
+    """
+    given = flags.FLAGS
     try:
         hosts.start(
-            _COORDINATOR.value,
-            _NUM_PROCESSES.value,
-            _PROCESS_ID.value,
+            given.coordinator,
+            given.num_processes,
+            given.process_id,
             join_seconds=deadlines.start,
             heartbeat_seconds=deadlines.heartbeat,
         )
@@ -180,8 +194,6 @@ def _join(deadlines: specs.DeadlinesSpec) -> None:
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that the run writes.")
-    _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0; not needed on TPU slices.")
-    _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run; not needed on TPU slices.")
-    _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; not needed on TPU slices.")
+    define_process_flags()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import pathlib
-import pickle
 import re
 import shutil
 import subprocess
@@ -255,38 +254,30 @@ def test_embeddings_of_other_texts_are_refused(made, embeddings, high_tokens):
         data.make_source(reading(base(made), high_tokens[0], text_embeddings=True).data)
 
 
-RANK = """
-import json, pickle, sys
-import jax
-
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-given, out, port, index = sys.argv[1:]
-jax.distributed.initialize(f"localhost:{port}", 2, int(index))
-from muse_jax import precompute
-
-spec = pickle.load(open(given, "rb"))
-precompute.precompute(spec, out, epochs=2, per_shard=9)
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_make_the_same_records(made, high_tokens, tmp_path):
     """Each loads and writes its own shards, of which there is an odd number."""
-    (tmp_path / "spec").write_bytes(pickle.dumps(superres(made)))
-    out, port = tmp_path / "out", str(portpicker.pick_unused_port())
+    config = tmp_path / "config.py"
+    values = specs.to_config(superres(made))
+    config.write_text(f"import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({values})\n")
+    out, port = tmp_path / "out", portpicker.pick_unused_port()
+    command = [sys.executable, "-m", "muse_jax.precompute", f"--config={config}", f"--out={out}", "--epochs=2"]
+    command += ["--per_shard=9", f"--coordinator=localhost:{port}", "--num_processes=2"]
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path / "spec"), str(out), port, str(index)],
+            [*command, f"--process_id={index}"],
             env=environment,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
         for index in range(2)
     ]
-    for rank in ranks:
-        _, said = rank.communicate(timeout=500)
-        assert rank.returncode == 0, said[-3000:]
+    said = [rank.communicate(timeout=500)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert "records in" in said[0]
+    assert "records in" not in said[1], "one says it for both"
     manifest = json.loads((out / array_records.MANIFEST).read_text())
     assert manifest["splits"] == high_tokens[1]["splits"]
 
