@@ -1,7 +1,9 @@
 """Every test sees 8 CPU devices, and a warning is an error (see pyproject.toml for the exceptions)."""
 
+import fcntl
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -40,10 +42,20 @@ def root() -> pathlib.Path:
 def tiny_quickstart(tmp_path_factory) -> tuple[pathlib.Path, str]:
     """The workdir of a quickstart on the tiny variant, and what it said. Read it only.
 
-    Run as the README says: where the user stands, into runs/quickstart.
+    Run as the README says: where the user stands, into runs/quickstart. Of several workers of pytest-xdist the
+    first that wants it runs it, and each has a copy.
     """
-    here = tmp_path_factory.mktemp("user")
-    command = [sys.executable, "-m", "muse_jax.quickstart", "--variant=tiny"]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return here / "runs/quickstart", done.stdout
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "quickstart"
+    here, said = shared / "user", shared / "said"
+    here.mkdir(parents=True, exist_ok=True)
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            command = [sys.executable, "-m", "muse_jax.quickstart", "--variant=tiny"]
+            done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=600, check=False)
+            assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+            said.write_text(done.stdout, encoding="utf-8")
+    own = tmp_path_factory.mktemp("user") / "user"
+    shutil.copytree(here, own)
+    return own / "runs/quickstart", said.read_text(encoding="utf-8")
