@@ -73,7 +73,7 @@ def test_two_processes_of_the_readme_train_as_one_does(tmp_path):
 @pytest.mark.slow
 def test_processes_with_other_configs_are_told_which_keys_differ(tmp_path):
     port = free_port()
-    changes = [f"--workdir={tmp_path}", "--config.train.steps=4"]
+    changes = [f"--workdir={tmp_path}", "--config.model.codebook_size=512", "--config.train.steps=4"]
     ended = finish([start(i, port, *changes, f"--config.seed={i}") for i in range(2)])
     assert [code for code, _ in ended] == [1, 1], ended
     assert all("the config is not that of process 0: seed" in output for _, output in ended)
