@@ -58,7 +58,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         qk_norm=True,  # not in the paper; keeps bfloat16's attention from saturating in so deep a model
         relative_positions=False,  # section 2.3: learned absolute positions
         # The figures are muse_jax.compile's estimates for v4:4x8x8, of the variant "precomputed".
-        remat="none",  # 14.3 of 32 GiB a chip with all that the backward pass needs; "full" would add a third of FLOPs
+        remat="none",  # 15.3 of 32 GiB a chip with all that the backward pass needs; "full" would add a third of FLOPs
         unroll=1,  # gathers already go layer by layer; more layers an iteration is more code to compile
         # Scores of 256 x 256 places stay on the chip: all of attention is 3 of 55 ms of the step's own work, which is
         # the most that a fused kernel could save. "cudnn" is for GPUs.
@@ -96,9 +96,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.mesh = dict(data=4, fsdp=-1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
     config.rules.update(mlp="fsdp")  # the MLPs' second kernel by its rows, which are quicker to gather than columns
-    # T5-XXL's kernels stay where they are, a quarter on each chip of the short side, and 8 examples pass by: 1.2 GB
-    # of sums instead of 9.1 GB of kernels to each chip at each step.
-    config.frozen_rules = dict(batch="fsdp", embed=None, mlp="data", heads="data", vocab=None)
+    # T5-XXL's kernels stay where they are and examples pass by, which is less than 9.1 GB of kernels to each chip at
+    # each step. Of the MLPs' kernels each chip of the short side has a quarter, and between MLPs 2 examples of the 8
+    # that these want: 0.45 GB to exchange. Attention's are whole on each chip: 2.4 GB of memory, not 0.45 GB more.
+    config.frozen_rules = dict(batch="fsdp", residual=("fsdp", "data"), embed=None, mlp="data", heads=None, vocab=None)
     config.train = dict(
         steps=1_500_000,  # base table; section 3 says 1M
         batch_size=512,  # base table
@@ -107,6 +108,16 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         eval_batches=8,
         sample_every=5_000,
         donate=True,  # without it a second state, 0.4 of 32 GiB a chip
+        # Together they spread the gathering of a kernel over products with others: by the estimate 0.104 instead of
+        # 0.122 s a step of "precomputed". Those for all-reduces and reduce-scatters hid nothing more, or the program
+        # no longer fitted a chip's vector memory. What each of the five does alone was not tried.
+        tpu_options=dict(
+            xla_enable_async_all_gather=True,  # a gather has a start and an end, and other work between them
+            xla_tpu_enable_async_collective_fusion=True,  # that work sends and receives too
+            xla_tpu_enable_async_collective_fusion_fuse_all_gather=True,  # for gathers
+            xla_tpu_enable_async_collective_fusion_multiple_steps=True,  # over several products
+            xla_tpu_overlap_compute_collective_tc=True,  # on the core that multiplies
+        ),
     )
     config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
     config.deadlines = dict(specs.DEADLINES)

@@ -21,8 +21,8 @@ SECTIONS = {
     "flops": ("model", "program", "recomputed_share"),
     "estimate": ("compute_s", "memory_s", "interconnect_s", "step_s", "utilisation", "days_1m_steps"),
 }
-# What the estimates stay under. The aim is 0.12 for both; see the README for what is missing.
-STEP_S = {"base_3b.py": 0.2, "base_3b.py:precomputed": 0.13}
+# What the estimates stay under, in seconds.
+STEP_S = {"base_3b.py": 0.12, "base_3b.py:precomputed": 0.106}
 without_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install muse_jax[test], on Python 3.11",
@@ -79,7 +79,8 @@ def test_frozen_networks_are_split_over_the_mesh():
     assert text.sharding.shard_shape(text.shape) == (24, 4096, 10240 // 4)
     leaves = jax.tree.leaves(program.frozen)
     here = sum(jnp.dtype(x.dtype).itemsize * int(jnp.prod(jnp.array(x.sharding.shard_shape(x.shape)))) for x in leaves)
-    assert here < 0.27 * sum(x.size * x.dtype.itemsize for x in leaves)
+    # T5's MLPs are split over the four chips of the short side; its attention, a third of it, and its table are not.
+    assert here < 0.54 * sum(x.size * x.dtype.itemsize for x in leaves)
     assert program.mesh.axis_names == sharding.AXES
 
 

@@ -5,6 +5,7 @@ constants only, and `training.sharding` refuses a name that the rules lack.
 """
 
 BATCH = "batch"  # examples
+RESIDUAL = "residual"  # examples between the products of a T5; where there is no such rule, as BATCH
 TOKENS = "tokens"  # image tokens of an example
 TEXT = "text"  # text positions of an example
 EMBED = "embed"  # transformer width

@@ -142,6 +142,20 @@ class _MLP(nn.Module):
         return _Projection(x.shape[-1], (axes.MLP, axes.EMBED), init, self.dtype, jnp.float32, name="wo")(hidden)
 
 
+def _residual(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """The residual stream where it lies."""
+    known = axes.RESIDUAL in dict(nn.get_logical_axis_rules())
+    return nn.with_logical_constraint(x, (axes.RESIDUAL if known else axes.BATCH, axes.TEXT, None))
+
+
+def _multiplied(x: Float[Array, "b t d"], split: str) -> Float[Array, "b t d"]:
+    """What kernels multiply. Where these are split by their axis `split`, each part of them wants more examples."""
+    rules = dict(nn.get_logical_axis_rules())
+    if axes.RESIDUAL in rules and not rules[split]:
+        return _residual(x)
+    return nn.with_logical_constraint(x, (axes.BATCH, axes.TEXT, None))
+
+
 class _Layer(nn.Module):
     """Pre-norm self-attention and MLP; the residual stream stays in float32."""
 
@@ -159,15 +173,15 @@ class _Layer(nn.Module):
         def drop(y: Array) -> Array:
             return nn.Dropout(self.dropout, broadcast_dims=(-2,))(y, deterministic=self.deterministic)
 
-        x = nn.with_logical_constraint(x, (axes.BATCH, axes.TEXT, None))
-        y = RMSNorm(self.dtype, name="pre_attention_layer_norm")(x)
+        x = _residual(x)
+        y = _multiplied(RMSNorm(self.dtype, name="pre_attention_layer_norm")(x), axes.HEADS)
         attention = _Attention(
             *(self.heads, self.head_dim, self.qk_norm, self.dropout, self.deterministic, self.dtype), name="attention"
         )
-        x = x + drop(attention(y, bias))
-        y = RMSNorm(self.dtype, name="pre_mlp_layer_norm")(x)
+        x = x + drop(_residual(attention(y, bias)))
+        y = _multiplied(RMSNorm(self.dtype, name="pre_mlp_layer_norm")(x), axes.MLP)
         mlp = _MLP(self.mlp_width, self.gated, self.dropout, self.deterministic, self.dtype, name="mlp")
-        return x + drop(mlp(y)), None
+        return x + drop(_residual(mlp(y))), None
 
 
 class T5Encoder(nn.Module):

@@ -122,7 +122,7 @@ class Program:
         key = jax.random.fold_in(self._train_key, state.step)
         grads, metrics, extras = self._accumulate(state.params, frozen, batch, key, state.step)
         metrics = dict(metrics)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+        grads = self._placed(jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params))
         norms = self._grad_norms(grads)
         updates, optimizer = self.tx.update(grads, state.optimizer, state.params)
         params = jax.tree.map(_apply, self.labels, state.params, updates)
@@ -175,6 +175,12 @@ class Program:
         grads, metrics, extras = self.task.grads(*args)
         dtype = jnp.dtype(self.spec.optimizer.gradient_dtype)
         return jax.tree.map(lambda g: g.astype(dtype) if g.dtype == jnp.float32 else g, grads), metrics, extras
+
+    def _placed(self, grads: Any) -> Any:
+        """Gradients where their parameters are. Left to XLA, parameters may travel to a gradient, and back."""
+        if self.mesh.size == 1:
+            return grads
+        return jax.lax.with_sharding_constraint(grads, shardings_of(self.state.params))
 
     def _grad_norms(self, grads: Any) -> dict[str, jax.Array]:
         """The norm of what the optimizers see; of each label too where there are several."""

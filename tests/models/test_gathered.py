@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from muse_jax import specs
 from muse_jax.models import axes, layers, t5
@@ -40,14 +41,15 @@ def test_on_one_device_nothing_is_said_about_layout():
     assert "sharding_constraint" not in lowered(specs.MeshSpec(1, 1, 1), params).as_text()
 
 
-def test_a_frozen_encoder_multiplies_its_kernels_where_they_lie():
+@pytest.mark.parametrize("own", [{}, {"residual": ("fsdp", "data")}, {"residual": ("fsdp", "data"), "heads": None}])
+def test_a_frozen_encoder_multiplies_its_kernels_where_they_lie(own):
     """With rules of its own that split kernels over `data`, and examples not: nothing is gathered but activations."""
     encoder = t5.T5Encoder(vocabulary_size=12, layers=2, width=16, heads=4, head_dim=6, mlp_width=40)
     ids = jnp.asarray(np.random.default_rng(1).integers(1, 12, (8, 5)), jnp.int32)
     mask = ids > 2
     boxes = encoder.init(jax.random.key(0), ids, mask)["params"]
     params = sharding.unbox(boxes)
-    rules = {**specs.RULES, "batch": ("fsdp",), "embed": None, "mlp": "data", "heads": "data", "vocab": None}
+    rules = {**specs.RULES, "batch": ("fsdp",), "embed": None, "mlp": "data", "heads": "data", "vocab": None, **own}
     mesh = sharding.make_mesh(specs.MeshSpec(data=2, fsdp=4))
 
     def embed(params, ids, mask):
@@ -63,3 +65,5 @@ def test_a_frozen_encoder_multiplies_its_kernels_where_they_lie():
     kernels = ("16,40", "40,16", "16,24", "24,16")
     assert not [line for line in gathered if any(f"[{shape}]" in line for shape in kernels)]
     assert "all-reduce(" in program.as_text(), "the parts of the products are added up"
+    stream = "f32[1,5,16]" if own else "f32[2,5,16]"
+    assert stream in program.as_text(), "between products each device has its own of the examples"
