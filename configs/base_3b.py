@@ -107,6 +107,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         eval_every=5_000,  # with the checkpoints
         eval_batches=8,
         sample_every=5_000,
+        compare_every=1_000,  # steps; copies of a parameter are compared by fingerprints, a pass over its bytes
         donate=True,  # without it a second state, 0.4 of 32 GiB a chip
         # Together they spread the gathering of a kernel over products with others: by the estimate 0.104 instead of
         # 0.122 s a step of "precomputed". Those for all-reduces and reduce-scatters hid nothing more, or the program
