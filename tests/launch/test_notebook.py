@@ -3,6 +3,7 @@
 import base64
 import io
 import pathlib
+import types
 
 import nbclient
 import nbformat
@@ -10,7 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from muse_jax.sampling.pipeline import MusePipeline
+
 NOTEBOOK = pathlib.Path(__file__).resolve().parents[2] / "launch/colab/muse_jax.ipynb"
+
+# Moves the guidance slider as a hand would; what it had drawn before stays beside what it draws then.
+MOVE = """
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+)
+draw.widget.clear_output = False
+draw.widget.children[1].value = 7.5
+print(f"{len(compiled)} programs compiled")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -20,20 +34,29 @@ def executed(tiny_quickstart):
     for cell in notebook.cells:
         cell.source = cell.source.replace('PIPELINE = "pretrained"', 'PIPELINE = ""')
         cell.source = cell.source.replace('VARIANT = ""', 'VARIANT = "tiny"')
+    (sliders,) = (n for n, cell in enumerate(notebook.cells) if "widgets.interact(" in cell.source)
+    notebook.cells.insert(sliders + 1, nbformat.v4.new_code_cell(MOVE))
     folder = tiny_quickstart[0].parent.parent
     client = nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(folder)}})
     return client.execute()
 
 
-def pictures(notebook, start):
-    """What the cell that starts so has shown, as arrays of frames."""
+def cell_of(notebook, start):
+    """The cell that starts so."""
     (cell,) = (cell for cell in notebook.cells if cell.source.startswith(start))
-    found = []
-    for output in cell.outputs:
-        for kind in ("image/png", "image/gif"):
-            if kind in output.get("data", {}):
-                found.append(Image.open(io.BytesIO(base64.b64decode(output["data"][kind]))))
-    return found
+    return cell
+
+
+def pictures(outputs):
+    """The pictures and animations among a cell's or a widget's outputs."""
+    shown = [output.get("data", {}) for output in outputs]
+    found = [data[kind] for data in shown for kind in ("image/png", "image/gif") if kind in data]
+    return [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in found]
+
+
+def assert_drawn(sheet):
+    """More than white paper."""
+    assert len(np.unique(np.asarray(sheet.convert("L")))) > 10
 
 
 def test_the_notebook_is_stored_without_outputs():
@@ -50,13 +73,33 @@ def test_every_cell_runs(executed):
 
 
 def test_tokens_fill_in_before_the_eyes(executed):
-    base, superres, sheet = pictures(executed, "PROMPT =")
+    base, superres, sheet = pictures(cell_of(executed, "PROMPT =").outputs)
     assert base.n_frames > 1
     assert superres.n_frames > 1
-    assert len(np.unique(np.asarray(sheet.convert("L")))) > 10
+    assert_drawn(sheet)
+
+
+def test_sliders_draw_and_another_guidance_compiles_nothing(executed):
+    states = executed.metadata["widgets"]["application/vnd.jupyter.widget-state+json"]["state"].values()
+    (outputs,) = (state["state"]["outputs"] for state in states if state["model_name"] == "OutputModel")
+    # interact shows what its function raises, and goes on.
+    errors = [output["evalue"] for output in outputs if output["output_type"] == "error"]
+    assert not errors
+    at_first, moved = pictures(outputs)
+    assert_drawn(at_first)
+    assert_drawn(moved)
+    assert np.any(np.asarray(at_first) != np.asarray(moved))
+    assert cell_of(executed, MOVE).outputs[0]["text"] == "0 programs compiled\n"
+
+
+def test_a_pipeline_of_classes_is_refused_at_once(monkeypatch):
+    opened = types.SimpleNamespace(classes=("red circle",), image_size=32)
+    monkeypatch.setattr(MusePipeline, "load", lambda path: opened)
+    with pytest.raises(ValueError, match="this notebook writes prompts: open a pipeline of texts"):
+        exec(cell_of(nbformat.read(NOTEBOOK, as_version=4), "PIPELINE =").source, {})
 
 
 @pytest.mark.parametrize("start", ["BOX =", "INPAINT_PROMPT =", "EDIT_PROMPT =", "OTHER_PROMPT ="])
 def test_editing_shows_pictures(executed, start):
-    (sheet,) = pictures(executed, start)
-    assert len(np.unique(np.asarray(sheet.convert("L")))) > 10
+    (sheet,) = pictures(cell_of(executed, start).outputs)
+    assert_drawn(sheet)
