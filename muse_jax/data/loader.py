@@ -10,6 +10,7 @@ pays Grain's overhead once.
 """
 
 import os
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ _STEPS = 2**40  # Grain wants an end; no run gets there
 _LISTED = 2**14  # examples up to which an epoch's order is a list
 _REBUILDS = 3  # times that loading processes may die, in so many seconds:
 _REBUILD_SECONDS = 3600
+_STOP_SECONDS = 10.0
 _DECODE_THREADS = 16
 _SPLIT_STREAM = {"train": 0, "eval": 1}
 
@@ -200,7 +202,7 @@ class Loader:
                 self._rebuilt.append(now)
                 logging.error("Loading processes failed at step %d (%s); starting them again.", self.step, error)
                 self._processes.kill()
-                _stop(self._running)
+                _stop_within(_STOP_SECONDS, self._running)
                 self._running.append(self._build())
         self.step += 1
         # Arrays of other processes lie in shared memory that Grain takes back when they are dropped.
@@ -208,12 +210,21 @@ class Loader:
 
     def close(self) -> None:
         """Stops threads and processes; what they had made ahead is lost."""
-        _stop(self._running)
+        _stop_within(_STOP_SECONDS, self._running)
 
 
 def _stop(running: list[Any]) -> None:
     while running:
         running.pop().close()
+
+
+def _stop_within(seconds: float, running: list[Any]) -> None:
+    """Stops what can be stopped in that time. Grain joins its threads, and one that asks a process which ended as
+    if all were well for its next batch does so for ever; it is left behind."""
+    thread = threading.Thread(target=_stop, args=([*running],), daemon=True, name="muse_jax stopping")
+    running.clear()
+    thread.start()
+    thread.join(seconds)
 
 
 def make_loader(

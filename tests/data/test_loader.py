@@ -300,12 +300,13 @@ def test_loading_processes_end_with_a_run_that_was_killed():
         "    loader = data.make_loader(spec, batch_size=4, seed=0)\n"
         "    next(loader); print('loaded', flush=True); input()"
     )
-    run = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert run.stdout.readline() == "loaded\n"
-    loading = _children(run.pid)
-    assert len(loading) >= 2
-    run.kill()
-    run.wait()
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout.readline() == "loaded\n"
+        loading = _children(run.pid)
+        assert len(loading) >= 2
+        run.kill()
     deadline = time.monotonic() + 60
     while any(pathlib.Path(f"/proc/{child}").exists() for child in loading):
         assert time.monotonic() < deadline, loading
