@@ -382,6 +382,8 @@ def _open(image: Any, name: str) -> Image.Image:
         except (transforms.UnusableError, OSError, TypeError, AttributeError) as error:
             raise ValueError(f"{name} {image!r} can't be read: {error}.") from error
     image = transforms.upright(image)
+    if name == "mask_image" and "transparency" in image.info:
+        image = image.convert("RGBA")
     if name == "mask_image" and "A" in image.getbands():  # strokes on nothing: what is transparent is not repainted
         image = Image.composite(image.convert("RGB"), Image.new("RGB", image.size), image.getchannel("A"))
     return transforms.to_rgb(image)

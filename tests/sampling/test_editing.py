@@ -132,9 +132,12 @@ def test_outpainting_by_less_than_a_token_cuts_the_rest_off(pipeline, picture):
 def test_a_mask_of_strokes_on_nothing_repaints_the_strokes(pipeline, picture):
     strokes = np.zeros((SIZE, SIZE, 4), np.uint8)
     strokes[9:12, 2:6] = 255
+    palette = PIL.Image.fromarray((strokes[..., 3] > 0).astype(np.uint8)).convert("P")
+    palette.putpalette([255, 255, 255] * 2)  # all white, and what is 0 transparent
+    palette.info["transparency"] = 0
     made = [
         pipeline.inpaint([RED] * 3, picture, mask, output_type="uint8").images
-        for mask in (PIL.Image.fromarray(strokes), strokes, strokes[..., 3:], np.array([2, 9, 6, 12]))
+        for mask in (PIL.Image.fromarray(strokes), strokes, strokes[..., 3:], np.array([2, 9, 6, 12]), palette)
     ]
     plain = pipeline.inpaint([RED] * 3, picture, (2, 9, 6, 12), output_type="uint8").images
     for images in made:
