@@ -74,7 +74,7 @@ def train(spec: specs.Spec, tokenizers: Mapping[str, specs.VQGANSpec]) -> float:
             judge = Discriminator(model.discriminator_channels, model.discriminator_layers, model.dtype)
             total += 7 * forward(judge, images)
         return total
-    if not isinstance(spec.model, specs.BaseSpec | specs.SuperResSpec | specs.MaskGITSpec):
+    if not isinstance(spec.model, specs.BaseSpec | specs.SuperResSpec | specs.MaskGITSpec | specs.PaellaSpec):
         raise NotImplementedError(f"the FLOPs of a train step of {type(spec.model).__name__}.")
     total = 3 * transformer(spec.model, spec.train.batch_size, spec.condition_length)
     encoder = getattr(spec.model, "text", None)
@@ -110,7 +110,7 @@ def text(encoder: specs.TextEncoderSpec, batch: int, length: int) -> float:
 
 
 def transformer(model: Any, batch: int, text_length: int) -> float:
-    """Of text ids (of a class: one) and tokens to logits."""
+    """Of text ids (of a class: one) and tokens to logits, by a transformer or by Paella's U-Net."""
     places = [model.grid[0] * model.grid[1]]
     if isinstance(model, specs.SuperResSpec):
         places.append(model.low_grid[0] * model.low_grid[1])

@@ -1,5 +1,6 @@
 """Ahead-of-time compilation: the report's arithmetic here; with libtpu, the big configs for TPU topologies."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -56,6 +57,19 @@ def test_a_frozen_text_encoder_counts_one_forward_pass_and_a_precomputed_one_non
     assert flops.train(online, tokenizers) == pytest.approx(flops.train(ready, {}) + text + encode)
     # 6 FLOPs a parameter and token are a third of what remains too little only: attention and the memory's text
     assert 6 * 2.8e9 * 512 * 256 < flops.train(ready, {}) < 6 * 3.7e9 * 512 * 256
+
+
+@pytest.mark.parametrize("config", ["maskgit_imagenet256.py", "paella_f8_256.py", "superres_512.py", "vqgan_f8_512.py"])
+def test_the_work_of_every_kind_of_model_is_known(config):
+    """Of a frozen tokenizer it is a small part, and it grows with the batch."""
+    spec = spec_of(config)
+    tokenizers = ahead.tokenizers(spec, CONFIGS)
+    work = flops.train(spec, tokenizers)
+    doubled = dataclasses.replace(spec, train=dataclasses.replace(spec.train, batch_size=2 * spec.train.batch_size))
+    assert flops.train(doubled, tokenizers) == pytest.approx(2 * work)
+    size = spec.data.image_size
+    images = jax.ShapeDtypeStruct((spec.train.batch_size, size, size, 3), jnp.float32)
+    assert sum(flops.encode(model, images) for model in tokenizers.values()) < work
 
 
 def test_stages_that_are_not_there_yet_are_those_of_the_configs_beside():
