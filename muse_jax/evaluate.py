@@ -328,15 +328,15 @@ def evaluate_sweep(
         raise EvaluationError("a sweep reads what pictures show from generated scenes alone (data.name='scenes').")
     if not steps or min(steps) < 1:
         raise EvaluationError(f"--sweep_steps is {','.join(map(str, steps))!r}; expected numbers of at least 1.")
-    start = time.monotonic()
     if count < 2:
         raise EvaluationError(f"--num_swept is {count}; a Fréchet distance needs at least 2 pictures.")
+    start = time.monotonic()
     stages = {name: pipeline.stages[name] for name in folder.NEEDED}
     base = type(pipeline)(stages, max_batch_size=pipeline.max_batch_size)
     total = count * len(steps) * (len(sweep.SCHEDULES) + len(sweep.SAMPLERS))
+    own = stages["base"].spec.sample.selection_rule
+    rule = own if own == "anywhere" else "most_confident"  # Paella's renoises anywhere
     with tqdm(total=total, unit="picture", disable=not progress, desc="sweep") as bar:
-        own = stages["base"].spec.sample.selection_rule
-        rule = own if own == "anywhere" else "most_confident"  # Paella's renoises anywhere
         figures = sweep.measure(base, count, steps, seed, bar.update, rule)
     seconds = round(time.monotonic() - start, 1)
     settings = dataclasses.asdict(base.stages["base"].spec.sample)

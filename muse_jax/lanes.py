@@ -62,7 +62,7 @@ def run(lanes: Sequence[Sequence[Job]], around: Callable[[Job], contextlib.Abstr
             for lane, jobs in enumerate(waiting):
                 if jobs and lane not in running:
                     alone = not any(rest or other in running for other, rest in enumerate(waiting) if other != lane)
-                    share = (0, 1) if alone else (lane, len(lanes))
+                    share = () if alone else cores()[lane :: len(lanes)]
                     running[lane] = _Running(jobs.pop(0), lane, share, around)
             time.sleep(0.1)
             for lane in [lane for lane, one in running.items() if one.ended()]:
@@ -77,7 +77,7 @@ def run(lanes: Sequence[Sequence[Job]], around: Callable[[Job], contextlib.Abstr
 class _Running:
     """A job's process."""
 
-    def __init__(self, job: Job, line: int, share: tuple[int, int], around: Callable[[Job], Any]):
+    def __init__(self, job: Job, line: int, share: Sequence[int], around: Callable[[Job], Any]):
         self.job = job
         self._context = contextlib.ExitStack()
         self._context.enter_context(around(job))
@@ -100,14 +100,14 @@ class _Running:
 
 
 @contextlib.contextmanager
-def _on(share: tuple[int, int]) -> Iterator[None]:
-    """Lets what is started within have the n-th of so many parts of the cores."""
-    every, (part, parts) = cores(), share
-    if parts == 1 or len(every) < parts:
+def _on(share: Sequence[int]) -> Iterator[None]:
+    """Lets what is started within have these cores, of which there may be none: then all of ours."""
+    if not share:
         yield
         return
-    os.sched_setaffinity(0, set(every[part::parts]))
+    every = cores()
+    os.sched_setaffinity(0, share)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, set(every))
+        os.sched_setaffinity(0, every)

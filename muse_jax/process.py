@@ -36,7 +36,7 @@ def keep_off_libtpu() -> None:
     """
     if "JAX_PLATFORMS" in os.environ or "jax" in sys.modules or importlib.util.find_spec("libtpu") is None:
         return
-    if not any(glob.glob(device) for device in (*TPUS, *GPUS)):
+    if not accelerated(os.environ):
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 

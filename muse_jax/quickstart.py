@@ -179,19 +179,19 @@ def train_stages(where: Setup, minutes: Minutes) -> tuple[dict[str, Any], bool]:
         _say(f"[{_number(stage)}] {stage}: was finished at step {result.step}")
 
     @contextlib.contextmanager
-    def around(job: lanes.Job) -> Iterator[None]:
-        _say(f"[{_number(job.title)}] {job.title}: {where.workdir / job.title}")
-        with minutes.spent_on(job.title):
+    def around(started: lanes.Job) -> Iterator[None]:
+        stage = started.title
+        _say(f"[{_number(stage)}] {stage}: {where.workdir / stage}")
+        with minutes.spent_on(stage):
             yield
 
     with minutes.spent_on(TRAINING):
         for group in groups():
             left = [[job(where, stage) for stage in lane if stage not in before] for lane in group]
             lanes.run([lane for lane in left if lane], around)
-    results = finished()
-    return {s: {"steps": results[s].step, "loss": results[s].metrics["loss"]} for s in STAGES}, len(before) == len(
-        STAGES
-    )
+    after = finished()
+    trained = {stage: {"steps": after[stage].step, "loss": after[stage].metrics["loss"]} for stage in STAGES}
+    return trained, before.keys() == after.keys()
 
 
 def groups() -> list[tuple[tuple[str, ...], ...]]:

@@ -202,7 +202,7 @@ class Loader:
                 self._rebuilt.append(now)
                 logging.error("Loading processes failed at step %d (%s); starting them again.", self.step, error)
                 self._processes.kill()
-                _stop_within(_STOP_SECONDS, self._running)
+                _stop_soon(self._running)
                 self._running.append(self._build())
         self.step += 1
         # Arrays of other processes lie in shared memory that Grain takes back when they are dropped.
@@ -210,7 +210,7 @@ class Loader:
 
     def close(self) -> None:
         """Stops threads and processes; what they had made ahead is lost."""
-        _stop_within(_STOP_SECONDS, self._running)
+        _stop_soon(self._running)
 
 
 def _stop(running: list[Any]) -> None:
@@ -218,13 +218,13 @@ def _stop(running: list[Any]) -> None:
         running.pop().close()
 
 
-def _stop_within(seconds: float, running: list[Any]) -> None:
-    """Stops what can be stopped in that time. Grain joins its threads, and one that asks a process which ended as
+def _stop_soon(running: list[Any]) -> None:
+    """Stops what can be stopped in `_STOP_SECONDS`. Grain joins its threads, and one that asks a process which ended as
     if all were well for its next batch does so for ever; it is left behind."""
     thread = threading.Thread(target=_stop, args=([*running],), daemon=True, name="muse_jax stopping")
     running.clear()
     thread.start()
-    thread.join(seconds)
+    thread.join(_STOP_SECONDS)
 
 
 def make_loader(

@@ -119,17 +119,17 @@ def upright(image: Image.Image) -> Image.Image:
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: transparency on white, 16 and 32 bits scaled (not clipped) to 8."""
+def to_rgb(image: Image.Image, paper: str = "white") -> Image.Image:
+    """Any mode to RGB: transparency on the paper, 16 and 32 bits scaled (not clipped) to 8."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bits(np.asarray(image), image.mode)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        return white
+        page = Image.new("RGB", image.size, paper)
+        page.paste(image, mask=image.getchannel("A"))
+        return page
     return image.convert("RGB")
 
 

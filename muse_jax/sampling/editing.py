@@ -199,9 +199,11 @@ class Editing:
             Image.new("L", picture.size, 255) if mask is None else _mask(mask, picture)
             for mask, picture in zip(masks, images, strict=True)
         ]
-        fitted = _square if resize else _as_it_is
-        pictures = _stacked([fitted(picture, self.image_size, self.cell) for picture in images])
-        canvas = Canvas(pictures, np.stack([_fitted_mask(mask, self.image_size, resize) for mask in repaint]))
+        size = self.image_size
+        pictures = _stacked(
+            [_square(picture, size) if resize else _as_it_is(picture, size, self.cell) for picture in images]
+        )
+        canvas = Canvas(pictures, np.stack([_fitted_mask(mask, size, resize) for mask in repaint]))
         if not canvas.repaint.any(axis=(1, 2)).all():
             raise ValueError(
                 "mask_image repaints nothing: no part of it is white (over 127 of 255) in the square that is kept of "
@@ -381,12 +383,8 @@ def _open(image: Any, name: str) -> Image.Image:
             image.load()
         except (transforms.UnusableError, OSError, TypeError, AttributeError) as error:
             raise ValueError(f"{name} {image!r} can't be read: {error}.") from error
-    image = transforms.upright(image)
-    if name == "mask_image" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    if name == "mask_image" and "A" in image.getbands():  # strokes on nothing: what is transparent is not repainted
-        image = Image.composite(image.convert("RGB"), Image.new("RGB", image.size), image.getchannel("A"))
-    return transforms.to_rgb(image)
+    # Of strokes on nothing the strokes are repainted.
+    return transforms.to_rgb(transforms.upright(image), paper="black" if name == "mask_image" else "white")
 
 
 def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
@@ -430,7 +428,7 @@ def _box(box: Sequence[Any], picture: Image.Image) -> Image.Image:
     return mask
 
 
-def _square(picture: Image.Image, size: int, cell: int = 1) -> np.ndarray:
+def _square(picture: Image.Image, size: int) -> np.ndarray:
     from muse_jax.data import transforms
 
     return transforms.square(picture, size)
