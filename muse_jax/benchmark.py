@@ -240,8 +240,8 @@ def wide_spec(effort: Effort) -> specs.Spec:
     return dataclasses.replace(base, task=task, model=model, optimizer=optimizer, train=train)
 
 
-def wide_training(spec: specs.Spec) -> Training:
-    """The train step of `wide_spec`; its tokens are given, so no tokenizer runs."""
+def wide_training(spec: specs.Spec, effort: Effort) -> Training:
+    """The train step of `wide_spec`; its tokens are given, so that the tokenizer is there but does not run."""
     size, places = spec.train.batch_size, spec.model.grid[0] * spec.model.grid[1]
     rng = np.random.default_rng(0)
     batch = {
@@ -250,7 +250,8 @@ def wide_training(spec: specs.Spec) -> Training:
         "text_ids": np.ones((size, spec.data.text_length), np.int32),
         "text_mask": np.ones((size, spec.data.text_length), bool),
     }
-    return Training(spec, TokensTask(spec, Tokenizer(stage_spec("tokenizer_low").model, {})), batch)
+    stage = untrained("tokenizer_low", effort.variant)
+    return Training(spec, TokensTask(spec, Tokenizer(stage.spec.model, stage.params)), batch)
 
 
 # ------------------------------------------------------------------------------------- the cases
@@ -260,7 +261,7 @@ def train_case(name: str, effort: Effort) -> Case:
     """train/STAGE or train/wide."""
     if name == "wide":
         spec = wide_spec(effort)
-        training = wide_training(spec)
+        training = wide_training(spec, effort)
         work = 3 * flops.transformer(spec.model, spec.train.batch_size, spec.data.text_length)
     else:
         spec, training = stage_training(name, effort)

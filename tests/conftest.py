@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 
 # Before anything imports jax: the number of devices is fixed when its backend starts. Child
 # processes inherit the environment, so commands under test run on the same devices and find this
@@ -14,6 +15,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # and leave an accelerator that the machine
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 # Compiling is most of what the tests do; XLA's costly optimizations change no meaning.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# What a test compiles, commands under test included, the next has ready: within this run, and this worker alone,
+# since nothing locks the folder.
+_compiled = tempfile.TemporaryDirectory(prefix="muse_jax-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["MUSE_JAX_NO_REEXEC"] = "1"  # muse_jax/process.py: a test's process is pytest's

@@ -84,7 +84,6 @@ def test_a_share_is_of_the_yardsticks_rate():
     assert found["share_lowest"] <= found["share"] <= found["share_highest"]
 
 
-@pytest.mark.slow
 def test_the_command():
     command = [
         sys.executable,
