@@ -87,7 +87,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
-    config.train = dict(steps=900, batch_size=64, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
+    config.train = dict(steps=950, batch_size=64, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
     config.checkpoint = dict(every_steps=250, keep=2)
     config.deadlines = dict(specs.DEADLINES)
     config.profile = dict(start_step=10, num_steps=0)
