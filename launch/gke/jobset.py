@@ -101,7 +101,9 @@ def load_settings(path: pathlib.Path) -> Settings:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(f"there is no {path}; copy {HERE / 'settings.toml'} and fill it in.") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise SettingsError(f"{path} can't be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not TOML: {error}.") from None
     try:
         cluster = _build(Cluster, values.pop("cluster", {}), "cluster.")
@@ -114,6 +116,8 @@ def load_settings(path: pathlib.Path) -> Settings:
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     """The dataclass of a table, with its keys and types checked."""
+    if not isinstance(values, dict):
+        raise SettingsError(f"{prefix.removesuffix('.')} = {values!r} is no table; write it as [{prefix[:-1]}].")
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
@@ -143,19 +147,22 @@ def check(settings: Settings) -> None:
         if isinstance(value, str) and "YOUR_" in value:
             raise SettingsError(f"{field.name} is still {value!r}; put your own value in its place.")
     _check_name(settings)
-    if not settings.bucket.startswith("gs://"):
+    for name in ("config", "image"):
+        if not getattr(settings, name).strip():
+            raise SettingsError(f"{name} must not be empty.")
+    if not re.fullmatch(r"gs://[a-z0-9][-_.a-z0-9]+(/.*)?", settings.bucket):
         raise SettingsError(
-            f"bucket = {settings.bucket!r} must start with gs://: the disk of a pod is lost with it, and the run goes "
-            "on from its checkpoints."
+            f"bucket = {settings.bucket!r} must start with gs:// and a bucket's name: the disk of a pod is lost with "
+            "it, and the run goes on from its checkpoints."
         )
     for name, least in [("slices", 1), ("max_restarts", 0), ("grace_seconds", 1)]:
-        if getattr(settings, name) < least:
-            raise SettingsError(f"{name} = {getattr(settings, name)} must be at least {least}.")
-    if settings.capacity not in ("on-demand", "spot") and not re.fullmatch(r"reservation:[\w./-]+", settings.capacity):
+        if not least <= getattr(settings, name) < 2**31:
+            raise SettingsError(f"{name} = {getattr(settings, name)} must be at least {least}, and below 2^31.")
+    if settings.capacity not in ("on-demand", "spot") and not re.fullmatch(
+        r"reservation:([-\w.]+/)*[a-z][-a-z0-9]{0,61}[a-z0-9]", settings.capacity
+    ):
         raise SettingsError(f'capacity = {settings.capacity!r} must be "on-demand", "spot" or "reservation:NAME".')
-    for key, value in settings.env.items():
-        if type(value) is not str:
-            raise SettingsError(f"env.{key} = {value!r} is a {type(value).__name__}; write it in quotes.")
+    _check_kubernetes(settings)
     if any(type(argument) is not str for argument in settings.train_args):
         raise SettingsError(f"train_args = {settings.train_args!r} must be a list of strings.")
     if settings.slices > 1 and settings.slice.hosts == 1:
@@ -164,6 +171,19 @@ def check(settings: Settings) -> None:
             "single host, and GKE joins only slices of several; take a larger topology, or slices = 1."
         )
     settings.slice  # noqa: B018 raises if there is none
+
+
+def _check_kubernetes(settings: Settings) -> None:
+    """Names that Kubernetes would refuse, when the manifest is applied or only when the pods are made."""
+    for name in ("service_account", "queue"):
+        value = getattr(settings, name)
+        if value and not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?", value):
+            raise SettingsError(f"{name} = {value!r} must be lower-case letters, digits, hyphens and dots.")
+    for key, value in settings.env.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", key):
+            raise SettingsError(f"env.{key!r} is no name of a variable; it must be letters, digits and underscores.")
+        if type(value) is not str:
+            raise SettingsError(f"env.{key} = {value!r} is a {type(value).__name__}; write it in quotes.")
 
 
 def _check_name(settings: Settings) -> None:
@@ -242,7 +262,8 @@ def _pod(settings: Settings) -> dict[str, Any]:
         selector["cloud.google.com/gke-spot"] = "true"
         tolerations.append({"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"})
     elif settings.capacity.startswith("reservation:"):
-        selector["cloud.google.com/reservation-name"] = settings.capacity.removeprefix("reservation:")
+        # a shared one is named with its project; a label has room for the name alone
+        selector["cloud.google.com/reservation-name"] = settings.capacity.removeprefix("reservation:").split("/")[-1]
     container = {
         "name": CONTAINER,
         "image": settings.image,
@@ -279,6 +300,11 @@ def manifest_text(settings: Settings) -> str:
 def xpk_command(settings: Settings) -> list[str]:
     """`xpk workload create` for the same run. xpk writes a JobSet of its own."""
     _check_cluster(settings)
+    for name in ("service_account", "queue", "host_network"):
+        if getattr(settings, name):
+            raise SettingsError(
+                f"{name} = {getattr(settings, name)!r} can't be told to xpk; use apply, or leave it out."
+            )
     capacity = {"on-demand": ["--on-demand"], "spot": ["--spot"]}.get(
         settings.capacity, [f"--reservation={settings.capacity.removeprefix('reservation:')}"]
     )

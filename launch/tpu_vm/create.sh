@@ -14,7 +14,7 @@ wait_until_ready() {
     echo "$(date +%T) $NAME: $state"
     case $state in
       ACTIVE) return ;;
-      FAILED | SUSPENDING | SUSPENDED | PREEMPTED | MISSING)
+      FAILED | SUSPENDING | SUSPENDED | PREEMPTED | TERMINATED | STOPPED | MISSING)
         die "$NAME is $state. What happened: gcloud compute tpus queued-resources describe $NAME" \
           "--project=$PROJECT --zone=$ZONE. Then delete.sh, and create.sh again, or let watch.sh do it."
         ;;
@@ -23,14 +23,9 @@ wait_until_ready() {
   done
 }
 
-start_script "$@"
-wait=0
-for flag in "${OTHER_FLAGS[@]+"${OTHER_FLAGS[@]}"}"; do
-  [ "$flag" = --wait ] || die "unknown flag $flag; --help shows those there are"
-  wait=1
-done
+start_script --wait "$@"
 create_slice
-if [ "$wait" = 1 ]; then
+if [ "$OWN_FLAG_GIVEN" = 1 ]; then
   if [ "$DRY_RUN" = 1 ]; then
     echo "# then wait until $NAME is ready, looking every $POLL_SECONDS s"
   else

@@ -7,10 +7,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-start_script "$@"
-quiet=()
-for flag in "${OTHER_FLAGS[@]+"${OTHER_FLAGS[@]}"}"; do
-  [ "$flag" = --yes ] || die "unknown flag $flag; --help shows those there are"
-  quiet=(--quiet)
-done
-delete_slice "${quiet[@]+"${quiet[@]}"}"
+start_script --yes "$@"
+if [ "$OWN_FLAG_GIVEN" = 1 ]; then delete_slice --quiet; else delete_slice; fi

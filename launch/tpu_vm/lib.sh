@@ -1,10 +1,14 @@
 # shellcheck shell=bash
 # What the scripts of this folder share: flags, settings, and the few things asked of gcloud. Sourced, not run.
 
+unset CDPATH # with it cd prints where it went
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
 DRY_RUN=0
 WORKER_SCRIPT='bash ~/muse_jax/launch/tpu_vm/on_worker.sh'
+NEEDED=(PROJECT ZONE NAME ACCELERATOR_TYPE SLICES CAPACITY CONFIG WORKDIR PYTHON_VERSION)
+LISTS=(TRAIN_ARGS CREATE_ARGS SSH_ARGS)
+OPTIONAL=(RUNTIME_VERSION POLL_SECONDS MAX_CRASHES)
 
 die() {
   echo "$(basename "$0"): $*" >&2
@@ -16,11 +20,12 @@ usage() {
   sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$0"
 }
 
-# Takes --settings and --dry-run from the arguments, leaves the others in OTHER_FLAGS, and loads the settings.
+# start_script OWN_FLAG ARGUMENTS...: takes --settings and --dry-run from the arguments and loads the settings. OWN_FLAG
+# is the one that this script has besides, or empty; OWN_FLAG_GIVEN says whether it was given.
 start_script() {
-  local settings=$HERE/settings.sh flag
-  OTHER_FLAGS=()
-  for flag in "$@"; do
+  local settings=$HERE/settings.sh own=$1 flag
+  OWN_FLAG_GIVEN=0
+  for flag in "${@:2}"; do
     case $flag in
       --settings=*) settings=${flag#*=} ;;
       --dry-run) DRY_RUN=1 ;;
@@ -28,31 +33,37 @@ start_script() {
         usage
         exit 0
         ;;
-      *) OTHER_FLAGS+=("$flag") ;;
+      *)
+        [ -n "$own" ] && [ "$flag" = "$own" ] || die "unknown flag '$flag'; --help shows those there are"
+        OWN_FLAG_GIVEN=1
+        ;;
     esac
   done
   [ -f "$settings" ] || die "there is no settings file $settings; copy $HERE/settings.sh and name it with --settings=FILE"
+  [[ $settings == /* ]] || settings=./$settings # or bash would look along PATH
+  unset "${NEEDED[@]}" "${LISTS[@]}" "${OPTIONAL[@]}" # the file alone counts, not what the shell exports
   # shellcheck source=settings.sh
   source "$settings"
   check_settings "$settings"
 }
 
-no_other_flags() {
-  [ "${#OTHER_FLAGS[@]}" -eq 0 ] || die "unknown flag ${OTHER_FLAGS[0]}; --help shows those there are"
-}
-
 # Fails before anything is paid for if a setting is missing or cannot work.
 check_settings() {
   local name
-  for name in PROJECT ZONE NAME ACCELERATOR_TYPE SLICES CAPACITY CONFIG WORKDIR PYTHON_VERSION; do
+  for name in "${NEEDED[@]}"; do
     [ -n "${!name:-}" ] || die "$1: $name is not set"
     [[ ${!name} != *YOUR_* ]] || die "$1: $name is still ${!name}; put your own value in its place"
+  done
+  for name in "${LISTS[@]}"; do
+    [ -z "${!name+set}" ] || [[ $(declare -p "$name") == 'declare -a'* ]] ||
+      die "$1: $name must be a list in parentheses: $name=(--one=1 --two=2)"
   done
   : "${RUNTIME_VERSION:=}" "${POLL_SECONDS:=60}" "${MAX_CRASHES:=5}"
   TRAIN_ARGS=("${TRAIN_ARGS[@]+"${TRAIN_ARGS[@]}"}")
   CREATE_ARGS=("${CREATE_ARGS[@]+"${CREATE_ARGS[@]}"}")
   SSH_ARGS=("${SSH_ARGS[@]+"${SSH_ARGS[@]}"}")
   [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "$1: SLICES is '$SLICES'; it must be a whole number from 1"
+  [[ $POLL_SECONDS =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "$1: POLL_SECONDS is '$POLL_SECONDS'; it must be a number of seconds"
   [[ $MAX_CRASHES =~ ^[0-9]+$ ]] || die "$1: MAX_CRASHES is '$MAX_CRASHES'; it must be a whole number"
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
     die "$1: NAME is '$NAME'; it must be at most 63 lower-case letters, digits and hyphens, and start with a letter"
@@ -60,8 +71,8 @@ check_settings() {
     on-demand | spot | reserved) ;;
     *) die "$1: CAPACITY is '$CAPACITY'; it must be on-demand, spot or reserved" ;;
   esac
-  [[ $WORKDIR == gs://* ]] ||
-    die "$1: WORKDIR is '$WORKDIR'; it must be in a bucket (gs://...), since the disks of a preempted slice are lost"
+  [[ $WORKDIR =~ ^gs://[a-z0-9][-_.a-z0-9]+(/|$) ]] ||
+    die "$1: WORKDIR is '$WORKDIR'; it must be in a bucket (gs://BUCKET/...), since the disks of a preempted slice are lost"
   check_accelerator "$1"
 }
 
@@ -126,7 +137,7 @@ ask() {
   errors=$(mktemp)
   if answer=$(gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" 2>"$errors"); then
     echo "${answer:-UNKNOWN}"
-  elif grep -qi 'not_found\|not found\|was not found' "$errors"; then
+  elif grep -q 'NOT_FOUND' "$errors"; then # the API's own word: a broken connection may speak of things not found too
     echo MISSING
   else
     cat "$errors" >&2
@@ -157,8 +168,8 @@ slice_state() {
 
 # One chain of &&: a caller may have turned off `set -e`, and a half-done install must not go on.
 install_package() {
-  local folder=${TMPDIR:-/tmp}/muse_jax
-  [ "$DRY_RUN" = 1 ] || folder=$(mktemp -d "$folder.XXXXXX")
+  local folder=${TMPDIR:-/tmp}
+  [ "$DRY_RUN" = 1 ] || folder=$(mktemp -d "$folder/muse_jax.XXXXXX")
   local archive=$folder/muse_jax.tar.gz status=0
   if [ -n "$(git -C "$ROOT" status --porcelain)" ]; then
     echo "note: $ROOT has changes that are not committed; the workers get the last commit" >&2
@@ -166,9 +177,13 @@ install_package() {
   run git -C "$ROOT" archive --format=tar.gz --output="$archive" HEAD &&
     copy_to_workers "$archive" muse_jax.tar.gz &&
     on_workers "rm -rf ~/muse_jax && mkdir ~/muse_jax && tar -xzf ~/muse_jax.tar.gz -C ~/muse_jax &&\
- $WORKER_SCRIPT install $PYTHON_VERSION" || status=$?
+ $WORKER_SCRIPT install $(printf %q "$PYTHON_VERSION")" || status=$?
   [ "$DRY_RUN" = 1 ] || rm -rf "$folder"
   return "$status"
+}
+
+stop_training() {
+  on_workers "$WORKER_SCRIPT stop"
 }
 
 start_training() {

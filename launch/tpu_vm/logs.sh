@@ -5,10 +5,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-start_script "$@"
-ONE_WORKER=1
-for flag in "${OTHER_FLAGS[@]+"${OTHER_FLAGS[@]}"}"; do
-  [ "$flag" = --all ] || die "unknown flag $flag; --help shows those there are"
-  ONE_WORKER=0
-done
+start_script --all "$@"
+ONE_WORKER=$((1 - OWN_FLAG_GIVEN))
 on_workers 'tail -n 100 -F ~/muse_run/train.log'

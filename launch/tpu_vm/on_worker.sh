@@ -18,7 +18,11 @@ install() {
     python3 -m pip install --quiet --user uv
     export PATH="$HOME/.local/bin:$PATH"
   fi
-  [ -x "$ENVIRONMENT/bin/python" ] || uv venv --quiet --python "$1" "$ENVIRONMENT"
+  # Another version than last time gets another environment.
+  if [ ! -x "$ENVIRONMENT/bin/python" ] || [ "$(cat "$ENVIRONMENT/asked_for" 2>/dev/null)" != "$1" ]; then
+    uv venv --quiet --clear --python "$1" "$ENVIRONMENT"
+    echo "$1" >"$ENVIRONMENT/asked_for"
+  fi
   uv pip install --quiet --python "$ENVIRONMENT/bin/python" --editable "${REPOSITORY}[tpu]"
   echo "installed on $(hostname)"
 }

@@ -5,6 +5,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-start_script "$@"
-no_other_flags
+start_script '' "$@"
 start_training

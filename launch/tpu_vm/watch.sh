@@ -35,7 +35,7 @@ training_state() {
 
 # A worker that still waits for the lost one must end first: two runs in one workdir are refused.
 restart_training() {
-  on_workers "$WORKER_SCRIPT stop" && start_training
+  stop_training && start_training
 }
 
 look_at_training() {
@@ -44,17 +44,21 @@ look_at_training() {
   [ "$training" = "$last_training" ] || say "training: $training"
   last_training=$training
   case $training in
+    none | stopped | running) counted=0 ;;
+  esac
+  case $training in
     finished) return 1 ;;
-    none) { install_package && on_workers "$WORKER_SCRIPT stop" && start_training; } || say "could not start; trying again" ;;
+    none) { install_package && restart_training; } || say "could not start; trying again" ;;
     stopped) restart_training || say "could not start; trying again" ;;
     crashed)
-      crashes=$((crashes + 1))
-      if [ "$crashes" -gt "$MAX_CRASHES" ]; then
-        die "training crashed $crashes times in a row; logs.sh shows why. The slice still runs: delete.sh ends it."
+      if [ "$counted" = 0 ]; then # where it could not be started again, the same crash is seen once more
+        crashes=$((crashes + 1)) counted=1
+        if [ "$crashes" -gt "$MAX_CRASHES" ]; then
+          die "training crashed $crashes times in a row; logs.sh shows why. The slice still runs: delete.sh ends it."
+        fi
+        say "crash $crashes of at most $MAX_CRASHES in a row"
       fi
-      say "crash $crashes of at most $MAX_CRASHES in a row"
-      restart_training || say "could not start; trying again"
-      running_since=$SECONDS
+      if restart_training; then counted=0 running_since=$SECONDS; else say "could not start; trying again"; fi
       ;;
     running)
       # an hour without a crash: whatever it was is over
@@ -64,7 +68,7 @@ look_at_training() {
 }
 
 watch() {
-  local state last_state='' last_training='' crashes=0 running_since=$SECONDS
+  local state last_state='' last_training='' crashes=0 counted=0 running_since=$SECONDS
   while true; do
     state=$(slice_state)
     [ "$state" = "$last_state" ] || say "$NAME: $state"
@@ -86,22 +90,19 @@ watch() {
 
 # Every command that the loop may give, in the order of a run that is preempted once.
 show_plan() {
-  echo "# every $POLL_SECONDS s: the state of the queued resource $NAME and of its slices"
+  echo "# every $POLL_SECONDS s: the state of the queued resource $NAME, of its slices, and of the training on them"
   echo "# where there is none:"
   create_slice
   echo "# where nothing runs on it yet:"
   install_package
-  start_training
+  restart_training
+  echo "# where the training ended otherwise than with exit code 0:"
+  restart_training
   echo "# where it is PREEMPTED, FAILED, SUSPENDED, TERMINATED or STOPPED: this, then the above again"
   delete_slice --quiet
   echo "# until training has ended with exit code 0 on all workers"
 }
 
-start_script "$@"
-delete=0
-for flag in "${OTHER_FLAGS[@]+"${OTHER_FLAGS[@]}"}"; do
-  [ "$flag" = --delete-when-finished ] || die "unknown flag $flag; --help shows those there are"
-  delete=1
-done
+start_script --delete-when-finished "$@"
 if [ "$DRY_RUN" = 1 ]; then show_plan; else watch; fi
-if [ "$delete" = 1 ]; then delete_slice --quiet; fi
+if [ "$OWN_FLAG_GIVEN" = 1 ]; then delete_slice --quiet; fi

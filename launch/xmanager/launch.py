@@ -67,11 +67,17 @@ def requirements() -> xm.JobRequirements:
 
 
 def make_executor() -> xm.Executor:
-    """Where the job runs, as XManager has it."""
+    """Where the job runs, as XManager has it.
+
+    Raises:
+      UsageError: if --gpu is given where it means nothing, or is wrong.
+    """
     if _EXECUTOR.value == "kubernetes":
         return xm_local.Kubernetes(requirements=requirements())
     if _EXECUTOR.value == "vertex":
         return xm_local.Vertex(requirements=requirements())
+    if _GPU.value:
+        raise app.UsageError(f"--gpu={_GPU.value} is for kubernetes and vertex; leave it out with {_EXECUTOR.value}")
     return xm_local.Local()
 
 
@@ -82,6 +88,8 @@ def make_packageable(executor: xm.Executor) -> xm.Packageable:
       UsageError: if a flag is missing or misses.
     """
     if _EXECUTOR.value == "jobset":
+        if not pathlib.Path(_SETTINGS.value).is_file():
+            raise app.UsageError(f"--settings={_SETTINGS.value} is no file; copy launch/gke/settings.toml")
         return _python(executor, [str(ROOT / "launch/gke/jobset.py"), "apply", f"--settings={_SETTINGS.value}"])
     if _EXECUTOR.value == "local" and not _IMAGE.value:
         return _python(executor, ["-m", "muse_jax.train", *train_args()])

@@ -40,14 +40,20 @@ case $verb in
     elif [ -s "$CLOUD/states" ]; then # what the next questions for a state are answered; then the truth
       mapfile -t states <"$CLOUD/states"
       printf '%s\n' "${states[@]:1}" | sed '/^$/d' >"$CLOUD/states"
-      [ "${states[0]}" != BROKEN ] || fail "HTTPError 503: try again"
+      [ "${states[0]}" != BROKEN ] || fail "TransportError: 503 from the proxy, host not found; try again"
       echo "${states[0]}"
     else
       cat "$CLOUD/slice"
     fi
     ;;
   scp) cp "$5" "$CLOUD/worker/${6#*:}" ;;
-  ssh) HOME=$CLOUD/worker exec bash -c "$command" ;;
+  ssh)
+    if [ -s "$CLOUD/refused" ] && [[ $command != *status* ]]; then # one line less a refused connection
+      sed -i 1d "$CLOUD/refused"
+      fail "connect timed out"
+    fi
+    HOME=$CLOUD/worker exec bash -c "$command"
+    ;;
 esac
 """
 
@@ -57,7 +63,7 @@ UV = r"""
 set -eu
 echo "uv $*" >>"$CLOUD/uv.log"
 if [ "$1" = venv ]; then
-  mkdir -p "${!#}/bin"
+  rm -rf "${!#}" && mkdir -p "${!#}/bin"
   cp "$CLOUD/training" "${!#}/bin/python"
 fi
 """

@@ -117,6 +117,14 @@ def test_impossible_slices_are_refused_with_the_mend(accelerator, topology, said
         ({"slices": "true"}, "slices = True is a bool"),
         ({"slices": "0"}, "slices = 0 must be at least 1"),
         ({"bucket": '"/data"'}, "must start with gs://"),
+        ({"bucket": '"gs://"'}, "must start with gs:// and a bucket's name"),
+        ({"bucket": '"gs://b b/x"'}, "must start with gs:// and a bucket's name"),
+        ({"image": '""'}, "image must not be empty"),
+        ({"config": '" "'}, "config must not be empty"),
+        ({"max_restarts": "99999999999"}, "below 2^31"),
+        ({"capacity": '"reservation:/"'}, '"on-demand", "spot" or "reservation:NAME"'),
+        ({"service_account": '"Bad Name!"'}, "service_account = 'Bad Name!' must be lower-case"),
+        ({"queue": '"Bad Queue!"'}, "queue = 'Bad Queue!' must be lower-case"),
         ({"bucket": '"gs://YOUR_BUCKET"'}, "bucket is still"),
         ({"name": '"Muse"'}, "lower-case letters"),
         ({"name": f'"{"m" * 60}"'}, "shorten it by"),
@@ -134,6 +142,14 @@ def test_settings_that_cannot_work_name_the_file_and_the_mend(settings, values, 
     assert "settings.toml" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["", "A=B", "A B", "1A"])
+def test_variables_that_kubernetes_refuses_are_named(settings_file, name):
+    path = settings_file()
+    path.write_text(path.read_text().replace("LIBTPU_INIT_ARGS", f'"{name}"'))
+    with pytest.raises(tpus.SettingsError, match=f"env.'{name}' is no name of a variable"):
+        jobset.load_settings(path)
+
+
 def test_missing_settings_and_files_are_named(tmp_path):
     with pytest.raises(tpus.SettingsError, match="copy"):
         jobset.load_settings(tmp_path / "none.toml")
@@ -143,6 +159,14 @@ def test_missing_settings_and_files_are_named(tmp_path):
     (tmp_path / "broken.toml").write_text("name = muse")
     with pytest.raises(tpus.SettingsError, match="is not TOML"):
         jobset.load_settings(tmp_path / "broken.toml")
+    (tmp_path / "broken.toml").write_bytes(b"\xff")
+    with pytest.raises(tpus.SettingsError, match="is not TOML"):
+        jobset.load_settings(tmp_path / "broken.toml")
+    with pytest.raises(tpus.SettingsError, match="can't be read"):
+        jobset.load_settings(tmp_path)
+    (tmp_path / "some.toml").write_text('name = "muse"\ncluster = "mine"')
+    with pytest.raises(tpus.SettingsError, match=r"cluster = 'mine' is no table; write it as \[cluster\]"):
+        jobset.load_settings(tmp_path / "some.toml")
 
 
 def test_the_manifest_is_one_pod_a_host_and_one_job_a_slice(settings):
@@ -196,6 +220,8 @@ def test_capacity_queue_account_and_network(settings):
     assert "cloud.google.com/gke-spot" in [toleration["key"] for toleration in pod["tolerations"]]
     pod = _pod(jobset.manifest(settings(capacity='"reservation:mine"')))
     assert pod["nodeSelector"]["cloud.google.com/reservation-name"] == "mine"
+    pod = _pod(jobset.manifest(settings(capacity='"reservation:projects/theirs/reservations/mine"')))
+    assert pod["nodeSelector"]["cloud.google.com/reservation-name"] == "mine"  # a label can't hold the rest
     manifest = jobset.manifest(settings(queue='"tpus"', service_account='"writer"', host_network="true"))
     assert manifest["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
     assert _pod(manifest)["serviceAccountName"] == "writer"
@@ -273,6 +299,12 @@ def test_the_same_run_through_xpk(settings):
     command = words[-1].removeprefix("--command=exec ")
     said = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
     assert said.stdout.splitlines() == _pod(jobset.manifest(settings()))["containers"][0]["command"]
+
+
+@pytest.mark.parametrize("name", ["service_account", "queue"])
+def test_what_xpk_cannot_be_told_is_not_dropped(settings, name):
+    with pytest.raises(tpus.SettingsError, match=f"{name} = 'mine' can't be told to xpk"):
+        jobset.xpk_command(settings(**{name: '"mine"'}))
 
 
 def test_one_node_pool_a_slice(settings):

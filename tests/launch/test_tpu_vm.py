@@ -62,11 +62,12 @@ def test_create_waits_until_the_slice_is_ready(cloud):
     assert states == ["WAITING_FOR_RESOURCES", "UNKNOWN", "PROVISIONING", "ACTIVE"]
 
 
-def test_create_says_what_to_do_when_it_fails(cloud):
-    cloud.write("states", "PROVISIONING\nFAILED")
-    done = cloud.run("create.sh", "--wait")
+@pytest.mark.parametrize("state", ["FAILED", "TERMINATED", "STOPPED"])
+def test_create_says_what_to_do_when_it_fails(cloud, state):
+    cloud.write("states", f"PROVISIONING\n{state}")
+    done = cloud.run("create.sh", "--wait", timeout=60)
     assert done.returncode == 1
-    assert "muse is FAILED" in done.stderr
+    assert f"muse is {state}" in done.stderr
     assert "delete.sh" in done.stderr
 
 
@@ -83,9 +84,29 @@ def test_install_brings_the_last_commit_to_every_worker(cloud):
     assert set(EVERYWHERE) <= set(installed)
     log = cloud.read("uv.log").splitlines()
     assert log == [
-        f"uv venv --quiet --python 3.12 {worker}/muse_venv",
+        f"uv venv --quiet --clear --python 3.12 {worker}/muse_venv",
         f"uv pip install --quiet --python {worker}/muse_venv/bin/python --editable {worker}/muse_jax[tpu]",
     ]
+
+
+def test_another_python_gets_another_environment(cloud):
+    """Whatever its version is written in; the same again keeps the environment."""
+    cloud.run("create.sh")
+    cloud.run("install.sh")
+    for _ in range(2):
+        cloud.set(PYTHON_VERSION="'>=3.12,<3.13'")
+        done = cloud.run("install.sh")
+        assert done.returncode == 0, done.stderr
+    made = [line for line in cloud.read("uv.log").splitlines() if line.startswith("uv venv")]
+    assert [line.split("--python ")[1].split()[0] for line in made] == ["3.12", ">=3.12,<3.13"]
+
+
+def test_a_dry_run_of_install_can_be_pasted(cloud):
+    cloud.run("create.sh")
+    dry = cloud.run("install.sh", "--dry-run").stdout
+    done = subprocess.run(["bash", "-e", "-c", dry], env=cloud.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "installed on" in done.stdout
 
 
 def test_a_failed_copy_ends_the_install(cloud):
@@ -245,6 +266,17 @@ def test_watch_gives_up_after_so_many_crashes_in_a_row(cloud):
     assert not cloud.calls("delete")  # what it was can still be looked at
 
 
+def test_watch_counts_a_crash_once_however_often_it_cannot_start_again(cloud):
+    _started(cloud, "1\n0")
+    _wait_for(lambda: _status(cloud) == "training: exited 1")
+    cloud.write("refused", "\n".join("12345"))  # connections, more than MAX_CRASHES
+    done = cloud.run("watch.sh")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("crash 1 of at most 2") == 1
+    assert "crash 2" not in done.stdout
+    assert done.stdout.count("could not start; trying again") >= 3
+
+
 @pytest.mark.parametrize("script", COMMANDS)
 def test_dry_run_says_what_it_would_do_and_does_nothing(cloud, script):
     done = cloud.run(script, "--dry-run")
@@ -276,6 +308,10 @@ def test_dry_run_prints_the_very_command(cloud, script):
         ("SLICES", "0", "SLICES is '0'"),
         ("CAPACITY", "cheap", "on-demand, spot or reserved"),
         ("WORKDIR", "/tmp/run", "must be in a bucket"),
+        ("WORKDIR", "gs://", "must be in a bucket"),
+        ("WORKDIR", "'gs:// a/b'", "must be in a bucket"),
+        ("POLL_SECONDS", "soon", "POLL_SECONDS is 'soon'"),
+        ("CREATE_ARGS", "'--one=1 --two=2'", "CREATE_ARGS must be a list in parentheses"),
         ("ACCELERATOR_TYPE", "v3-8", "v4-N, v5litepod-N (v5e), v5p-N or v6e-N"),
         ("ACCELERATOR_TYPE", "v4-4x8x8", "after the last hyphen a number"),
     ],
@@ -291,12 +327,28 @@ def test_settings_that_cannot_work_fail_before_anything_is_asked_for(cloud, sett
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_unknown_flags_and_missing_settings_are_errors(cloud, script):
-    assert "unknown flag --bogus" in cloud.run(script, "--bogus").stderr
+    assert "unknown flag '--bogus'" in cloud.run(script, "--bogus").stderr
+    done = subprocess.run([SCRIPTS / script, "--settings", "mine.sh"], capture_output=True, text=True, check=False)
+    assert "unknown flag '--settings'" in done.stderr, "before the settings that it would take instead"
     cloud.settings.unlink()
     done = cloud.run(script)
     assert done.returncode == 1
     assert "there is no settings file" in done.stderr
     assert cloud.calls() == []
+
+
+def test_the_settings_are_those_of_the_file_named(cloud, tmp_path):
+    """Not of another with its name along PATH, and not what the shell exports; whatever CDPATH says."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "mine.sh").write_text(cloud.settings.read_text().replace("NAME=muse\n", ""))
+    (tmp_path / "bin" / "mine.sh").write_text(cloud.settings.read_text())
+    environment = cloud.environment | {"NAME": "exported", "CDPATH": f"{SCRIPTS.parent.parent}:{here}"}
+    command = ["bash", "launch/tpu_vm/start.sh", "--settings=mine.sh", "--dry-run"]
+    (here / "launch").symlink_to(SCRIPTS.parent)
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "start.sh: ./mine.sh: NAME is not set\n"
 
 
 @pytest.mark.parametrize("script", COMMANDS)

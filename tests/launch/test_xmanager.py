@@ -90,6 +90,8 @@ CASES = [
     ([*BUCKET, "--executor=kubernetes", "--image=r/i:1", "--gpu=a100=8"], ["Kubernetes", "a100=8", "r/i:1 python -m"]),
     ([*BUCKET, "--executor=vertex", "--image=r/i:1", "--gpu=h100=1"], ["Vertex", "h100=1", "gs://bucket/run"]),
     (["--executor=jobset", "--settings=mine.toml"], ["Local", "launch/gke/jobset.py apply --settings=mine.toml"]),
+    (["--executor=jobset", "--settings=none.toml"], ["UsageError: --settings=none.toml is no file"]),
+    ([*ARGUMENTS, "--gpu=a100=8"], ["UsageError: --gpu=a100=8 is for kubernetes and vertex"]),
     (["--workdir=w"], ["UsageError: --config must be given"]),
     ([*ARGUMENTS, "--executor=vertex", "--image=i"], ["UsageError", "must be in a bucket"]),
     ([*BUCKET, "--executor=kubernetes"], ["UsageError: --image must be given"]),
@@ -98,6 +100,7 @@ CASES = [
 
 
 def test_dry_run_says_what_it_would_launch_or_what_is_wrong_and_launches_nothing(stand_in, tmp_path):
+    (tmp_path / "mine.toml").touch()
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(SCRIPT)],
         input=json.dumps([case for case, _ in CASES]),
