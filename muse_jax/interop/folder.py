@@ -34,14 +34,15 @@ class Leaf:
     Attributes:
       name, shape: ours.
       dtype: of what `blocks` gives.
-      blocks: gives the parameter piece by piece, in the order of its memory; each is small.
+      blocks: gives the parameter piece by piece, in the order of its memory, each small and after the name of the
+        tensor that it is from.
       narrow: whether it may be stored in bfloat16; what is small and sensitive stays float32.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    blocks: Callable[[], Iterator[np.ndarray]]
+    blocks: Callable[[], Iterator[tuple[str, np.ndarray]]]
     narrow: bool = True
 
 
@@ -66,7 +67,7 @@ def write(out: Any, converted: Converted, origin: Mapping[str, str], dtype: str 
     """Writes the folder, whole or not at all; one that `write` made before is replaced.
 
     Args:
-      out: its parents are made if need be.
+      out: its parents are made if need be; what a link leads to is written.
       converted: what to write; read as it is written.
       origin: where it is from, for the manifest.
       dtype: a name in `DTYPES`; "source" keeps float32 and bfloat16, and widens float16.
@@ -77,13 +78,12 @@ def write(out: Any, converted: Converted, origin: Mapping[str, str], dtype: str 
     Raises:
       WeightsError: if a tensor can't be read or isn't finite, or something else is in the way.
     """
-    out = epath.Path(out)
-    if out.exists() and not (out / MANIFEST).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WeightsError(f"{out} holds something else than imported weights; name another folder.")
+    out = epath.Path(out if "://" in os.fspath(out) else os.path.realpath(out))
+    _check_replaceable(out, converted.vocabulary)
     draft, previous = (out.parent / f".{out.name}.{os.getpid()}.{end}" for end in ("draft", "previous"))
     draft.mkdir(parents=True, exist_ok=True)
     try:
-        written = _write_params(draft / PARAMS, converted.leaves, DTYPES[dtype])
+        written = _write_params(draft / PARAMS, converted.leaves, DTYPES[dtype], origin.get("path", out.name))
         if converted.vocabulary is not None:
             (draft / VOCABULARY).write_bytes(converted.vocabulary)
         manifest = {"format": FORMAT, "kind": converted.kind, "origin": dict(origin)}
@@ -100,7 +100,25 @@ def write(out: Any, converted: Converted, origin: Mapping[str, str], dtype: str 
     return manifest
 
 
-def _write_params(path: epath.Path, leaves: Sequence[Leaf], dtype: np.dtype | None) -> dict[str, Any]:
+def _check_replaceable(out: epath.Path, vocabulary: bytes | None) -> None:
+    """Refuses a folder with anything that isn't from an earlier import, or that this one wouldn't bring again."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise WeightsError(f"{out} is a file; name a folder.")
+    held = {file.name for file in out.iterdir()}
+    others = sorted(held - {PARAMS, MANIFEST, VOCABULARY})
+    if others or (held and MANIFEST not in held):
+        found = f" ({others[0]})" if others else ""
+        raise WeightsError(f"{out} holds something else than imported weights{found}; name another folder.")
+    if VOCABULARY in held and (out / VOCABULARY).read_bytes() != vocabulary:
+        raise WeightsError(
+            f"{out} holds a {VOCABULARY} that {'differs' if vocabulary else 'does not come'} with these weights and "
+            "would be lost; move it away, or name another folder."
+        )
+
+
+def _write_params(path: epath.Path, leaves: Sequence[Leaf], dtype: np.dtype | None, origin: str) -> dict[str, Any]:
     """Writes a safetensors file from its beginning to its end; {name: shape, dtype, fingerprint}."""
     leaves = sorted(leaves, key=lambda leaf: leaf.name)
     stored = {leaf.name: _stored_dtype(leaf, dtype) for leaf in leaves}
@@ -117,7 +135,7 @@ def _write_params(path: epath.Path, leaves: Sequence[Leaf], dtype: np.dtype | No
         file.write(len(text).to_bytes(8, "little") + text)
         for leaf in leaves:
             kept = stored[leaf.name]
-            fingerprint = _write_leaf(file, leaf, kept)
+            fingerprint = _write_leaf(file, leaf, kept, origin)
             written[leaf.name] = {"shape": list(leaf.shape), "dtype": kept.name, "fingerprint": fingerprint}
     return written
 
@@ -128,12 +146,16 @@ def _stored_dtype(leaf: Leaf, dtype: np.dtype | None) -> np.dtype:
     return dtype if leaf.narrow else DTYPES["float32"]
 
 
-def _write_leaf(file: Any, leaf: Leaf, dtype: np.dtype) -> int:
+def _write_leaf(file: Any, leaf: Leaf, dtype: np.dtype, origin: str) -> int:
     done = fingerprint = 0
-    for block in leaf.blocks():
-        kept = np.ascontiguousarray(block, dtype)
+    for source, block in leaf.blocks():
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+            kept = np.ascontiguousarray(block, dtype)
         if not np.isfinite(kept).all():
-            raise WeightsError(f"{leaf.name} has values that are not finite in {dtype.name}; nothing is written.")
+            raise WeightsError(
+                f"{origin}: {source} has values that are not finite in {dtype.name}; expected finite ones. Nothing is "
+                "written."
+            )
         fingerprint += trees.fingerprint_numpy(kept, first=done)
         file.write(kept.reshape(-1).view(np.uint8).data)
         done += kept.size

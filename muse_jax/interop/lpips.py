@@ -41,7 +41,7 @@ def convert(path: str) -> folder.Converted:
     tensors.check(found, dict(origins.values()), path)
     shapes = lpips.parameter_shapes()
     leaves = [
-        folder.Leaf(name, shapes[name], found[origin].dtype, _blocks(name, found[origin]), narrow=False)
+        folder.Leaf(name, shapes[name], found[origin].dtype, _blocks(name, found[origin], path), narrow=False)
         for name, (origin, _) in origins.items()
     ]
     return folder.Converted("lpips", leaves, {"network": "vgg16"})
@@ -49,7 +49,7 @@ def convert(path: str) -> folder.Converted:
 
 def _files(path: str) -> list[epath.Path]:
     if not epath.Path(path).is_dir():
-        files = [epath.Path(part) for part in path.split(",")]
+        files = [epath.Path(part.strip()) for part in path.split(",")]
     else:
         files = sorted(file for file in epath.Path(path).iterdir() if file.suffix in _SUFFIXES)
     if not files:
@@ -80,14 +80,14 @@ def _origins() -> dict[str, tuple[str, tuple[int, ...]]]:
     return origins
 
 
-def _blocks(name: str, tensor: Tensor) -> Any:
-    def blocks() -> Iterator[np.ndarray]:
+def _blocks(name: str, tensor: Tensor, path: str) -> Any:
+    def blocks() -> Iterator[tuple[str, np.ndarray]]:
         value = tensor[:]
         if name.startswith("linear/"):
             if (value < 0).any():
-                raise WeightsError(f"{tensor.name} has the value {value.min()}; expected none below 0.")
-            yield value.reshape(-1)
+                raise WeightsError(f"{path}: {tensor.name} has the value {value.min()}; expected none below 0.")
+            yield tensor.name, value.reshape(-1)
         else:
-            yield value.transpose(2, 3, 1, 0) if name.endswith("kernel") else value
+            yield tensor.name, value.transpose(2, 3, 1, 0) if name.endswith("kernel") else value
 
     return blocks

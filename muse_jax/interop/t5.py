@@ -123,13 +123,14 @@ def _pieces(name: str, layers: int, names: Names) -> list[str]:
 def _leaf(name: str, shape: tuple[int, ...], pieces: list[Tensor], names: Names) -> folder.Leaf:
     turned = names.transposed(_plain(name))
 
-    def blocks() -> Iterator[np.ndarray]:
+    def blocks() -> Iterator[tuple[str, np.ndarray]]:
         for piece in pieces:
             if turned or len(pieces) > 1:
-                yield _turn(piece[:], turned)
+                yield piece.name, _turn(piece[:], turned)
             else:
                 for start in range(0, piece.shape[0], _ROWS):
-                    yield piece[start : min(start + _ROWS, piece.shape[0])]  # TensorStore has no room beyond
+                    stop = min(start + _ROWS, piece.shape[0])  # TensorStore has no room beyond
+                    yield piece.name, piece[start:stop]
 
     # NumPy knows no common dtype of bfloat16 and float16.
     dtypes = {piece.dtype for piece in pieces}

@@ -22,6 +22,8 @@ _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _TWIN = "encoder.embed_tokens.weight"  # a second name of the embedding in some files
 _GATED = {"gated-gelu": True, "relu": False}
 _EPSILON = 1e-6  # of our norms
+_DEEPEST = 1000  # layers; the published ones have 24
+_SIZES = ("num_layers", "d_model", "num_heads", "d_kv", "d_ff")  # in our spec's order, after the vocabulary's
 
 
 def _name(ours: str, layer: int | None) -> str:
@@ -58,8 +60,8 @@ def convert(path: str) -> folder.Converted:
         raise WeightsError(f"there is no {path}; name a folder with config.json and model.safetensors.")
     files = _tensors(place) if place.is_dir() else tensors.open_file(place)
     where = place if place.is_dir() else place.parent
-    config = json.loads((where / "config.json").read_text()) if (where / "config.json").exists() else None
-    converted = t5.convert(_encoder(files, path), NAMES, path, config and _spec(config, files, str(where)))
+    spec = _spec(where / "config.json", files) if (where / "config.json").exists() else None
+    converted = t5.convert(_encoder(files, path), NAMES, path, spec)
     words = where / folder.VOCABULARY
     if words.exists():
         model = t5.check_vocabulary(words.read_bytes(), converted.model, str(words))
@@ -114,24 +116,50 @@ def _encoder(files: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     return kept
 
 
-def _spec(config: Mapping[str, Any], files: Mapping[str, Tensor], where: str) -> specs.TextEncoderSpec:
+def _spec(path: epath.Path, files: Mapping[str, Tensor]) -> specs.TextEncoderSpec:
     """The encoder's sizes by config.json."""
+    config = _read(path)
     if config.get("model_type") != "t5":
-        raise WeightsError(f"{where}/config.json has the model_type {config.get('model_type')!r}; expected 't5'.")
+        raise WeightsError(f"{path} has the model_type {config.get('model_type')!r}; expected 't5'.")
     activation = config.get("feed_forward_proj", "relu")
-    if activation not in _GATED:
-        raise WeightsError(f"{where}/config.json has the feed_forward_proj {activation!r}; expected {list(_GATED)}.")
+    if not isinstance(activation, str) or activation not in _GATED:
+        raise WeightsError(f"{path} has the feed_forward_proj {activation!r}; expected {list(_GATED)}.")
     if config.get("layer_norm_epsilon", _EPSILON) != _EPSILON:
-        raise WeightsError(f"{where}/config.json has layer_norm_epsilon {config['layer_norm_epsilon']}; expected 1e-6.")
+        raise WeightsError(f"{path} has layer_norm_epsilon {config['layer_norm_epsilon']}; expected 1e-6.")
+    sizes = {name: _size(config, name, path) for name in ("vocab_size", *_SIZES)}
+    buckets = _size(config, "relative_attention_num_buckets", path, 32)
+    distance = _size(config, "relative_attention_max_distance", path, 128)
+    if distance <= buckets // 4:
+        raise WeightsError(
+            f"{path} has relative_attention_max_distance {distance}; expected more than a quarter of the {buckets} "
+            "buckets, which hold a distance each."
+        )
+    if sizes["num_layers"] > _DEEPEST:
+        raise WeightsError(f"{path} has num_layers {sizes['num_layers']}; expected at most {_DEEPEST}.")
     # The embedding may have more rows than config.json says: some models are padded after it is written.
     embedding = files.get("shared.weight", files.get(_TWIN))
+    rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
+    return specs.TextEncoderSpec(
+        *(max(sizes["vocab_size"], rows), *(sizes[name] for name in _SIZES)),
+        position_buckets=buckets,
+        position_max_distance=distance,
+        gated=_GATED[activation],
+    )
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
     try:
-        vocabulary = config["vocab_size"] if embedding is None else max(config["vocab_size"], embedding.shape[0])
-        return specs.TextEncoderSpec(
-            *(vocabulary, config["num_layers"], config["d_model"], config["num_heads"], config["d_kv"], config["d_ff"]),
-            position_buckets=config.get("relative_attention_num_buckets", 32),
-            position_max_distance=config.get("relative_attention_max_distance", 128),
-            gated=_GATED[activation],
-        )
-    except KeyError as error:
-        raise WeightsError(f"{where}/config.json lacks {error}; it is no T5's.") from error
+        config = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is damaged: {error}.") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} holds a {type(config).__name__}; expected a model's settings by name.")
+    return config
+
+
+def _size(config: Mapping[str, Any], name: str, path: epath.Path, default: int | None = None) -> int:
+    value = config.get(name, default)
+    if type(value) is not int or value < 1:
+        found = f"has {name} {value!r}" if name in config else f"lacks {name}"
+        raise WeightsError(f"{path} {found}; expected a whole number from 1.")
+    return value

@@ -7,6 +7,7 @@ of `target` is read: no decoder, no optimizer state.
 """
 
 import asyncio
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -57,7 +58,8 @@ class _ZarrTensor:
         try:
             about = json.loads(path.read_text())
             codec, dtype = (about.get("compressor") or {}).get("id"), about["dtype"]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            self._separator = str(about.get("dimension_separator", "."))
+        except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise WeightsError(f"{self._where} has no .zarray that can be read ({error}).") from error
         if codec not in _CODECS or about.get("filters") or dtype not in _DTYPES:
             raise WeightsError(
@@ -70,11 +72,16 @@ class _ZarrTensor:
         import tensorstore
 
         sizes = self._array.chunk_layout.read_chunk.shape
-        count = int(np.prod([-(-n // size) for n, size in zip(self.shape, sizes, strict=True)]))
+        grid = itertools.product(*(range(-(-n // size)) for n, size in zip(self.shape, sizes, strict=True)))
+        expected = {self._separator.join(map(str, place)) or "0" for place in grid}
         keys = tensorstore.KvStore.open(self._store).result().list().result()
-        found = sum(1 for key in keys if re.fullmatch(rb"\d+([./]\d+)*", key))
-        if found != count:
-            raise WeightsError(f"{self._where} is truncated: found {found} chunks; expected {count} for {self.shape}.")
+        found = {key.decode("utf-8", "replace") for key in keys if re.fullmatch(rb"\d+([./]\d+)*", key)}
+        for what, chunks in (("lacks", expected - found), ("has", found - expected)):
+            if chunks:
+                raise WeightsError(
+                    f"{self._where} {what} the chunk {min(chunks)}: found {len(found)} chunks; expected "
+                    f"{len(expected)} for {self.shape}. It is truncated, or its files were renamed."
+                )
 
     def __getitem__(self, index: Any) -> np.ndarray:
         try:
@@ -140,8 +147,8 @@ def _target(place: epath.Path) -> Mapping[str, Any]:
         version, target = tree.get("version", 0), tree["optimizer"]["target"]
     except Exception as error:
         raise WeightsError(f"{place / _TREE} is damaged or not of a T5X checkpoint: {error!r}.") from error
-    if version > _NEWEST:
-        raise WeightsError(f"{place} has version {version} of T5X's layout; this version reads up to {_NEWEST}.")
+    if not isinstance(version, int | np.integer) or version > _NEWEST:
+        raise WeightsError(f"{place} has version {version!r} of T5X's layout; this version reads up to {_NEWEST}.")
     if not isinstance(target, Mapping):
         raise WeightsError(f"{place / _TREE} has a {type(target).__name__} for its target; expected parameters.")
     return target

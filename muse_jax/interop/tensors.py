@@ -110,7 +110,7 @@ def open_safetensors(path: Any) -> dict[str, SafeTensor]:
             header = json.loads(file.read(length).decode("utf-8"))
             header.pop("__metadata__", None)
             entries = {name: _entry(name, value) for name, value in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WeightsError(f"{path} is no safetensors file: its header can't be read ({error}).") from error
     _check_extents(path, {name: extent for name, (_, _, extent) in entries.items()}, size - 8 - length)
     return {
@@ -185,15 +185,21 @@ def open_torch(path: Any) -> dict[str, _TorchTensor]:
         # Only zip files can be mapped; older ones are read whole.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        raise WeightsError(f"{path} is damaged, or holds more than tensors, and was not opened: {reason}") from error
+        said = str(error).strip().split("\n")[0][:300]
+        reason = type(error).__name__ if not said or "weights_only" in str(error) else said  # that advises to trust it
+        raise WeightsError(
+            f"{path} is damaged, or holds more than tensors, and was not opened, since that could run code; bring the "
+            f"weights as safetensors, or as a state dict ({reason})."
+        ) from error
     if not isinstance(state, Mapping):
         raise WeightsError(f"{path} holds a {type(state).__name__}; expected a state dict, names with tensors.")
     for name, value in state.items():
-        if not isinstance(value, torch.Tensor) or not isinstance(name, str):
-            raise WeightsError(f"{path}: {name!r} is a {type(value).__name__}; expected a tensor.")
-        if value.layout is not torch.strided or value.is_quantized:
-            raise WeightsError(f"{path}: {name} is a sparse or quantized tensor; expected a plain one.")
+        if not isinstance(name, str):
+            raise WeightsError(f"{path} has a tensor under {name!r}; expected a name.")
+        if not isinstance(value, torch.Tensor):
+            raise WeightsError(f"{path}: {name} is a {type(value).__name__}; expected a tensor.")
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested:
+            raise WeightsError(f"{path}: {name} is a sparse, quantized or nested tensor; expected a plain one.")
     try:
         return {name: _TorchTensor(name, value) for name, value in state.items()}
     except TypeError as error:

@@ -25,7 +25,7 @@ EVEN = {"vocab_size": 64, "num_layers": 2, "d_model": 32, "num_heads": 4, "d_kv"
 
 def converted(params, model=None):
     def leaf(name, value):
-        blocks = lambda: iter(value if value.ndim == 3 else [value])  # noqa: E731
+        blocks = lambda: ((name, block) for block in (value if value.ndim == 3 else [value]))  # noqa: E731
         return folder.Leaf(name, value.shape, value.dtype, blocks, narrow=not name.endswith("scale"))
 
     return folder.Converted("text_encoder", [leaf(n, v) for n, v in params.items()], model or {})
@@ -71,7 +71,7 @@ def test_a_model_is_never_whole_in_memory(tmp_path):
         nonlocal made
         for _ in range(layers):
             made += 1
-            yield np.full((side, side), made, np.float32)
+            yield f"layer {made}", np.full((side, side), made, np.float32)
 
     leaf = folder.Leaf("encoder/kernel", (layers, side, side), np.dtype("f4"), blocks)
     tracemalloc.start()
@@ -179,11 +179,11 @@ def test_a_changed_byte_is_found(written, tmp_path):
 
 def test_nothing_is_left_of_what_fails(tmp_path):
     params = {"a": np.ones((2, 3), "f4"), "b": np.array([1, np.inf], "f4")}
-    with pytest.raises(WeightsError, match="^b has values that are not finite"):
+    with pytest.raises(WeightsError, match="^out: b has values that are not finite in float32"):
         folder.write(tmp_path / "out", converted(params), {})
     assert not list(tmp_path.iterdir())
     folder.write(tmp_path / "out", converted({"a": params["a"]}), {})
-    with pytest.raises(WeightsError, match="^b has values"):
+    with pytest.raises(WeightsError, match="^out: b has values"):
         folder.write(tmp_path / "out", converted(params), {})
     assert load_file(tmp_path / "out" / folder.PARAMS).keys() == {"a"}
     folder.write(tmp_path / "out", converted({"a": params["a"] * 2}), {})
@@ -195,6 +195,34 @@ def test_something_else_is_not_overwritten(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(WeightsError, match="holds something else than imported weights"):
         folder.write(tmp_path, converted({"a": np.ones(2, "f4")}), {})
+    out = tmp_path / "out"
+    folder.write(out, converted({"a": np.ones(2, "f4")}), {})
+    (out / "thesis.tex").write_text("here too")
+    with pytest.raises(WeightsError, match=r"holds something else than imported weights \(thesis.tex\)"):
+        folder.write(out, converted({"a": np.ones(2, "f4")}), {})
+    (out / "thesis.tex").rename(out / folder.VOCABULARY)  # brought by hand, as for weights that come without
+    with pytest.raises(WeightsError, match="would be lost; move it away"):
+        folder.write(out, converted({"a": np.ones(2, "f4")}), {})
+    assert (out / folder.VOCABULARY).read_text() == "here too"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_is_written_where_it_leads(tmp_path, there):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "t5")
+    for value in range(1 + there):
+        folder.write(tmp_path / "link", converted({"a": np.full(2, value, "f4")}), {})
+    assert (tmp_path / "link").is_symlink()
+    assert load_file(tmp_path / "disk" / "t5" / folder.PARAMS)["a"][0] == there
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["disk", "link", "t5", folder.PARAMS, folder.MANIFEST]
+    )
+
+
+def test_an_empty_folder_may_be_the_current_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder.write(".", converted({"a": np.ones(2, "f4")}), {})
+    assert load_file(tmp_path / folder.PARAMS).keys() == {"a"}
 
 
 def test_a_file_that_is_not_the_manifests_is_refused(written, tmp_path):

@@ -40,7 +40,7 @@ def test_the_command_writes_a_folder_and_refuses_in_one_message(tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "WeightsError" in done.stderr
-    assert "target.encoder.encoder_norm.scale is truncated" in done.stderr
+    assert "target.encoder.encoder_norm.scale lacks the chunk 0" in done.stderr
     assert not (tmp_path / "two").exists()
 
 

@@ -93,7 +93,7 @@ REFUSED = {
     "integers": (change(Q, lambda n, v: {n: v.astype(np.int8)}), f"{Q} has the dtype int8; expected float"),
     "not finite": (
         change(Q, lambda n, v: {n: np.where(v == v.max(), np.nan, v)}),
-        "attention/query/kernel has values that are not finite",
+        f"hf: {Q} has values that are not finite in float32",
     ),
     "umt5's bias in every layer": (
         change(Q, lambda n, v: {n: v, n.replace("q.", "relative_attention_bias."): v}),
@@ -129,6 +129,13 @@ def test_other_tensors_are_refused_by_name(tmp_path, saved, case):
         ("feed_forward_proj", "gated-silu", "feed_forward_proj 'gated-silu'"),
         ("layer_norm_epsilon", 1e-5, "layer_norm_epsilon 1e-05; expected 1e-6"),
         ("num_heads", 6, "encoder.block.0.layer.0.SelfAttention.* has the shape .*; expected"),
+        ("num_heads", 0, "config.json has num_heads 0; expected a whole number from 1"),
+        ("d_model", "24", "config.json has d_model '24'; expected a whole number"),
+        ("vocab_size", 61.0, "config.json has vocab_size 61.0; expected a whole number"),
+        ("num_layers", None, "config.json has num_layers None; expected a whole number"),
+        ("num_layers", 10_000_000, "config.json has num_layers 10000000; expected at most"),
+        ("relative_attention_max_distance", 8, "relative_attention_max_distance 8; expected more than a quarter"),
+        ("feed_forward_proj", ["gated-gelu"], r"feed_forward_proj \['gated-gelu'\]"),
     ],
 )
 def test_other_models_are_refused_by_their_config(tmp_path, saved, key, value, message):
@@ -136,6 +143,15 @@ def test_other_models_are_refused_by_their_config(tmp_path, saved, key, value, m
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(WeightsError, match=message):
+        import_weights("t5_hf", str(tmp_path / "hf"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"model_type": "t5", ', "[1]", "{}", "[" * 100_000, "\xff"])
+def test_a_damaged_config_is_named(tmp_path, saved, text):
+    shutil.copytree(saved[0], tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(WeightsError, match="config.json (is damaged|holds a list|has the model_type None)"):
         import_weights("t5_hf", str(tmp_path / "hf"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -44,6 +44,22 @@ def _lose_chunk(path):
     (path / QUERY / "0.1").unlink()
 
 
+def _rename_chunk(path):
+    (path / QUERY / "1.1").rename(path / QUERY / "9.9")
+
+
+def _edit_description(value):
+    def change(path):
+        (path / QUERY / ".zarray").write_text(value)
+
+    return change
+
+
+def _change_version(path):
+    tree = serialization.msgpack_restore((path / "checkpoint").read_bytes())
+    (path / "checkpoint").write_bytes(serialization.msgpack_serialize({**tree, "version": "3"}))
+
+
 def _cut_chunk(path):
     chunk = path / QUERY / "1.0"
     chunk.write_bytes(chunk.read_bytes()[:40])
@@ -81,7 +97,10 @@ def _filter(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_lose_chunk, f"{QUERY} is truncated: found 3 chunks; expected 4 for \\(24, 30\\)"),
+        (_lose_chunk, f"{QUERY} lacks the chunk 0.1: found 3 chunks; expected 4 for \\(24, 30\\)"),
+        (_rename_chunk, f"{QUERY} lacks the chunk 1.1: found 4 chunks; expected 4"),
+        (_edit_description("[" * 100_000), f"{QUERY} has no .zarray that can be read"),
+        (_change_version, "has version '3' of T5X's layout"),
         (_cut_chunk, f"{QUERY} can't be read, it is damaged"),
         (_lose_array, f"lacks the tensor {QUERY}; expected a folder"),
         (_rename, f"lacks the tensor {QUERY}; .* it has target.encoder.layers_1.attention.q.kernel"),

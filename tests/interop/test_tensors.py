@@ -3,6 +3,7 @@
 import json
 import pathlib
 import pickle
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -88,8 +89,9 @@ def test_no_pickle_is_executed(tmp_path, torch):
     torch.save({"a": torch.ones(2), "b": Canary(canary)}, tmp_path / "x.bin")
     (tmp_path / "y.pth").write_bytes(pickle.dumps({"a": Canary(canary)}))
     for name in ("x.bin", "y.pth"):
-        with pytest.raises(WeightsError, match="holds more than tensors, and was not opened"):
+        with pytest.raises(WeightsError, match="holds more than tensors, and was not opened") as refused:
             tensors.open_file(tmp_path / name)
+        assert "weights_only" not in str(refused.value), "no advice to open it all the same"
     assert not canary.exists()
 
 
@@ -104,7 +106,15 @@ def test_torch_files(tmp_path, torch):
     (tmp_path / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:200])
     with pytest.raises(WeightsError, match="damaged"):
         tensors.open_torch(tmp_path / "x.pt")
-    for other, message in (([1, 2], "list; expected a state dict"), ({"a": 3}, "'a' is a int")):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nested tensors are new
+        nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+    for other, message in (
+        ([1, 2], "list; expected a state dict"),
+        ({"a": 3}, "a is a int; expected a tensor"),
+        ({3: torch.ones(1)}, "a tensor under 3; expected a name"),
+        ({"a": nested}, "a is a sparse, quantized or nested tensor"),
+    ):
         torch.save(other, tmp_path / "x.pt")
         with pytest.raises(WeightsError, match=message):
             tensors.open_torch(tmp_path / "x.pt")
