@@ -121,8 +121,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         ),
     )
     config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
-    config.deadlines = dict(specs.DEADLINES)
-    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=24,  # section 2.8
         schedule="cosine",  # section 2.8
@@ -135,4 +133,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     if variant == "precomputed":
         config.data.update(name="precomputed", path="data/precomputed", text_embeddings=True)
-    return config.lock()
+    return specs.locked(config)

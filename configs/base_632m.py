@@ -97,8 +97,6 @@ def get_config() -> ml_collections.ConfigDict:
         donate=True,  # see base_3b.py
     )
     config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
-    config.deadlines = dict(specs.DEADLINES)
-    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=24,  # section 2.8
         schedule="cosine",  # section 2.8
@@ -109,4 +107,4 @@ def get_config() -> ml_collections.ConfigDict:
         top_k=0,
         top_p=1.0,
     )
-    return config.lock()
+    return specs.locked(config)

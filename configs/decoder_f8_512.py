@@ -84,7 +84,5 @@ def get_config() -> ml_collections.ConfigDict:
         donate=True,  # see base_3b.py
     )
     config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
-    config.deadlines = dict(specs.DEADLINES)
-    config.profile = dict(start_step=10, num_steps=0)
     config.sample = {}
-    return config.lock()
+    return specs.locked(config)

@@ -82,8 +82,6 @@ def get_config() -> ml_collections.ConfigDict:
         sample_every=5_000,
     )
     config.checkpoint = dict(every_steps=5_000, keep=3)
-    config.deadlines = dict(specs.DEADLINES)
-    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=8,  # table 1
         schedule="cosine",  # table 3
@@ -94,4 +92,4 @@ def get_config() -> ml_collections.ConfigDict:
         top_k=0,
         top_p=1.0,
     )
-    return config.lock()
+    return specs.locked(config)

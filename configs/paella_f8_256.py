@@ -97,8 +97,6 @@ def get_config() -> ml_collections.ConfigDict:
         sample_every=5_000,
     )
     config.checkpoint = dict(every_steps=5_000, keep=4)
-    config.deadlines = dict(specs.DEADLINES)
-    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=12,
         schedule="cosine",
@@ -111,4 +109,4 @@ def get_config() -> ml_collections.ConfigDict:
         typical_p=0.2,
         selection_rule="anywhere",  # that is renoised
     )
-    return config.lock()
+    return specs.locked(config)

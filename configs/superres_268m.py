@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
         dropout=0.0,  # not in the paper; to be raised if the held-out loss turns up: CC3M is seen many times
         qk_norm=True,  # not in the paper; keeps bfloat16's attention from saturating in so deep a model
         relative_positions=False,  # section 2.4: learned absolute positions
-        remat="none",
+        remat="dots_with_no_batch_dims_saveable",  # see superres_512.py
         unroll=1,
         attention="xla",  # see base_3b.py
         dtype="bfloat16",  # of products; parameters, norms, softmax and the optimizer are float32
@@ -102,8 +102,6 @@ def get_config() -> ml_collections.ConfigDict:
         donate=True,  # see base_3b.py
     )
     config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
-    config.deadlines = dict(specs.DEADLINES)
-    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=8,  # section 2.8
         schedule="cosine",  # section 2.8
@@ -114,4 +112,4 @@ def get_config() -> ml_collections.ConfigDict:
         top_k=0,
         top_p=1.0,
     )
-    return config.lock()
+    return specs.locked(config)

@@ -82,7 +82,5 @@ def get_config() -> ml_collections.ConfigDict:
         sample_every=5_000,
     )
     config.checkpoint = dict(every_steps=5_000, keep=3)
-    config.deadlines = dict(specs.DEADLINES)
-    config.profile = dict(start_step=10, num_steps=0)
     config.sample = {}
-    return config.lock()
+    return specs.locked(config)

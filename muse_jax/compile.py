@@ -23,6 +23,7 @@ import math
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from muse_jax import ahead, cascade, flops, hlo, roofline, specs, traffic
+from muse_jax import ahead, cascade, flops, hlo, roofline, specs, traffic, train
 from muse_jax.training import sharding, trees
 
 PAPER_STEP_S = 0.6  # Muse, section 3: a week for 1M steps on 256 TPU v4 chips
@@ -49,9 +50,10 @@ def topology_devices(topology: str) -> tuple[roofline.Chip, list[Any]]:
     Raises:
       specs.SpecError: for a chip without rates, or without libtpu.
     """
-    name = topology.partition(":")[0]
+    name, _, sides = topology.partition(":")
     if name not in roofline.CHIPS:
         raise specs.SpecError(f"topology is {topology!r}; expected one of {', '.join(roofline.CHIPS)}, then :4x8x8.")
+    _check_sides(topology, sides.split("x"), roofline.CHIPS[name])
     if importlib.util.find_spec("libtpu") is None:
         raise specs.SpecError("libtpu is not installed; pip install muse_jax[tpu_compile].")
     os.environ.update(ENVIRONMENT)
@@ -67,6 +69,15 @@ def topology_devices(topology: str) -> tuple[roofline.Chip, list[Any]]:
         reason = str(error).splitlines()[0]
         raise specs.SpecError(f"topology is {topology!r}, which libtpu doesn't know: {reason}") from error
     return roofline.CHIPS[name], list(described.devices)
+
+
+def _check_sides(topology: str, sides: Sequence[str], chip: roofline.Chip) -> None:
+    """Refuses machines that aren't built, though libtpu would describe some of them."""
+    example = "4x8x8" if chip.torus == 3 else "16x16"
+    if len(sides) != chip.torus or not all(side.isdecimal() and int(side) for side in sides):
+        raise specs.SpecError(f"topology is {topology!r}; expected {chip.torus} sides of the torus, as in {example}.")
+    if math.prod(map(int, sides)) > chip.largest:
+        raise specs.SpecError(f"topology is {topology!r}; the largest slice of this chip has {chip.largest} chips.")
 
 
 def compile_train(spec: specs.Spec, configs: pathlib.Path, topology: str, text: str = "") -> dict[str, Any]:
@@ -180,8 +191,15 @@ def check_files(*files: str | None) -> None:
     """Raises SpecError, before minutes are spent on compiling, for a file that couldn't be written then."""
     for file in filter(None, files):
         folder = pathlib.Path(file).absolute().parent
-        if not folder.is_dir() or pathlib.Path(file).is_dir():
-            raise specs.SpecError(f"can't write {file}: there is no folder {folder}, or {file} is one.")
+        if not folder.is_dir():
+            raise specs.SpecError(f"can't write {file}: there is no folder {folder}.")
+        if pathlib.Path(file).is_dir():
+            raise specs.SpecError(f"can't write {file}: it is a folder.")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise specs.SpecError(f"can't write {file}: {error.strerror} in {folder}.") from error
 
 
 def said(report: Mapping[str, Any]) -> str:
@@ -246,4 +264,4 @@ if __name__ == "__main__":
     _HLO = flags.DEFINE_string("hlo", "", "train: file for the text of the compiled program.")
     _JSON = flags.DEFINE_string("json", None, "File for the report.")
     flags.mark_flags_as_required(["config"])
-    app.run(main)
+    app.run(main, flags_parser=train.parse_flags)

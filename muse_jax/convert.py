@@ -7,7 +7,8 @@
 
 Then train with --config.data.name=array_record --config.data.path=data/pairs. Pictures keep their files'
 bytes; each is decoded once, and what cannot be used is skipped, counted and named in DIR/manifest.json
-(the first few of each reason; all of them in DIR/parts). Stopped at any point and started again, it goes on.
+(the first few of each reason; all of them in DIR/parts). Stopped at any point and started again, it goes on;
+shards that are gone are made again. A source that changed meanwhile, and a folder with something else, are refused.
 
 An Apache Beam pipeline (`pip install 'muse_jax[convert]'`). By default it runs here, in --workers processes;
 any other flag is Beam's, so that Dataflow, Flink or Spark do it for sets that are too large for one machine:
@@ -24,7 +25,9 @@ import difflib
 import itertools
 import json
 import logging
+import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -52,10 +55,11 @@ def convert(job: conversion.Conversion, beam_flags: Sequence[str] = (), workers:
     """
     options = _options(beam_flags, workers or os.cpu_count() or 1)
     pieces = job.source.pieces()
-    folder = epath.Path(job.out)
+    folder, plan = epath.Path(job.out), job.plan(pieces)
+    array_records.check(folder, plan)  # before the lock, which leaves its file
     lock = contextlib.nullcontext() if "://" in job.out else resume.lock(job.out, "--out")
     with lock:
-        if not array_records.begin(folder, job.plan(pieces)):
+        if not array_records.begin(folder, plan):
             array_records.sweep(folder)
             _run(job, pieces, options)
     return json.loads((folder / array_records.MANIFEST).read_text())
@@ -86,7 +90,7 @@ def _options(flags: Sequence[str], workers: int) -> Any:
 
     mode = "multi_processing" if workers > 1 else "in_memory"
     ours = [f"--direct_num_workers={workers}", f"--direct_running_mode={mode}"]
-    options = PipelineOptions([*ours, "--default_sdk_harness_log_level=ERROR", *flags])
+    options = PipelineOptions([*ours, "--default_sdk_harness_log_level=CRITICAL", *flags])
     known = {"runner", *options.get_all_options()}
     for before, flag in itertools.pairwise(["=", *flags]):
         if not flag.startswith("-") and "=" in before:
@@ -112,21 +116,22 @@ def _runner(options: Any) -> Any:
     named = options.view_as(StandardOptions).runner
     if named:
         return named
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # an error comes as an exception, too
     encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
     provision = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
     return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(provision))
 
 
 def summary(manifest: dict[str, Any]) -> str:
-    """How many there are of each split, and of each reason for which samples were skipped."""
+    """How many there are of each split, and of each reason for which samples were skipped; and the notes."""
     lines = [
         f"{split}: {found['records']} pictures in {len(found['shards'])} shards, {found['bytes'] / 1e6:.1f} MB"
         for split, found in sorted(manifest["splits"].items())
     ]
-    for reason, found in sorted(manifest["skipped"].items()):
-        more = ", ..." if found["count"] > len(found["first"]) else ""
-        lines.append(f"skipped {found['count']}, {reason}: {', '.join(found['first'])}{more}")
+    for word, listed in (("skipped", manifest["skipped"]), ("noted", manifest.get("notes", {}))):
+        for reason, found in sorted(listed.items()):
+            more = ", ..." if found["count"] > len(found["first"]) else ""
+            lines.append(f"{word} {found['count']}, {reason}: {', '.join(found['first'])}{more}")
     return "\n".join(lines)
 
 
@@ -141,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--from", dest="format", required=True, choices=inputs.FORMATS)
-    parser.add_argument("--path", help="what to read: a folder, a file, or a pattern; TFDS: its data_dir")
+    parser.add_argument("--path", help="what to read: a folder, a file, or a pattern (* ? **); TFDS: its data_dir")
     parser.add_argument("--out", required=True, help="folder of the shards")
     parser.add_argument("--dataset", help="tfds: name, such as coco_captions")
     parser.add_argument("--split", help="tfds: which split is read")
@@ -152,7 +157,8 @@ def _parser() -> argparse.ArgumentParser:
         "--eval_share",
         type=float,
         default=folders.EVAL_SHARE,
-        help="of the samples, by the hash of their keys, that go to the split test (%(default)s)",
+        help="of the samples, by the hash of their keys, that go to the split test (%(default)s); a folder with "
+        "sub-folders train and test keeps those",
     )
     parser.add_argument("--min_side", type=int, default=0, help="skip pictures whose shorter side has fewer pixels")
     parser.add_argument(
@@ -164,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _job(options: argparse.Namespace) -> conversion.Conversion:
+    _check(options)
     cls = inputs.FORMATS[options.format]
     takes = {field.name: field for field in dataclasses.fields(cls)}
     given = {
@@ -179,12 +186,6 @@ def _job(options: argparse.Namespace) -> conversion.Conversion:
             raise inputs.InputError(f"--from={options.format} needs --{name}.")
     if "needs_text" in takes:
         given["needs_text"] = not options.allow_no_caption
-    if not 0 <= options.eval_share < 1:
-        raise inputs.InputError(f"--eval_share is {options.eval_share}; expected 0 <= share < 1.")
-    if options.max_aspect and options.max_aspect < 1:
-        raise inputs.InputError(f"--max_aspect is {options.max_aspect}; a longer side is at least once the shorter.")
-    if given.get("per_shard", 1) < 1:
-        raise inputs.InputError(f"--per_shard is {options.per_shard}; expected at least 1.")
     return conversion.Conversion(
         cls(**given),
         out=os.path.expanduser(options.out),
@@ -195,6 +196,31 @@ def _job(options: argparse.Namespace) -> conversion.Conversion:
     )
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuses values of flags that mean nothing, before anything is begun."""
+    if not options.out:
+        raise inputs.InputError("--out is empty; name a folder for the shards.")
+    if options.workers < 0:
+        raise inputs.InputError(f"--workers is {options.workers}; expected at least 1, or 0 for one for each core.")
+    if not 0 <= options.eval_share < 1:
+        raise inputs.InputError(f"--eval_share is {options.eval_share}; expected 0 <= share < 1.")
+    if options.min_side < 0:
+        raise inputs.InputError(f"--min_side is {options.min_side}; expected at least 0 pixels.")
+    if options.max_aspect and not 1 <= options.max_aspect < math.inf:
+        raise inputs.InputError(f"--max_aspect is {options.max_aspect}; a longer side is at least once the shorter.")
+    if options.per_shard is not None and options.per_shard < 1:
+        raise inputs.InputError(f"--per_shard is {options.per_shard}; expected at least 1.")
+
+
+def _message(error: Exception) -> str:
+    """An error in one line; of one within the pipeline, which Beam wraps in its traceback, the innermost."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if not isinstance(error, RuntimeError):
+        lines = [f"{type(error).__name__}: {' '.join(lines)}"]
+    said = lines[-1] if lines else type(error).__name__
+    return re.sub(r"^(RuntimeError: )?(\w+\.)*(?=\w+: )", "", said).split(" [while running ")[0]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     options, beam_flags = _parser().parse_known_args(arguments)
@@ -203,10 +229,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"{error}; pip install 'muse_jax[convert]'.", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(_message(error), file=sys.stderr)
         return 1
     print(summary(manifest))
+    if options.eval_share and "train" in manifest["splits"] and "test" not in manifest["splits"]:
+        print(
+            f"No picture went to the split test, of --eval_share={options.eval_share}. To evaluate, set "
+            "config.data.eval_split=train, or convert into another --out with a larger --eval_share.",
+            file=sys.stderr,
+        )
     if not manifest["splits"]:
         print(f"Nothing of {options.path or options.dataset} is usable.", file=sys.stderr)
         return 1

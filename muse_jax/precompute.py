@@ -66,6 +66,10 @@ class _Work:
         """The file that says that the shard is done."""
         return folder / array_records.PARTS / f"{self.split}-{self.number:05d}.json"
 
+    def is_done(self, folder: epath.Path) -> bool:
+        """Whether it is, and the shard is still there."""
+        return array_records.done(folder, self.part(folder).name, "tokens") is not None
+
 
 def precompute(
     spec: specs.Spec, out: str, *, text_embeddings: bool = False, epochs: int = 1, per_shard: int = PER_SHARD
@@ -86,7 +90,9 @@ def precompute(
       SpecError: if the config fits none of this.
       ValueError: if the folder was begun with something else.
     """
-    spec = _checked(spec, text_embeddings, epochs)
+    spec = _checked(spec, text_embeddings, epochs, per_shard)
+    if not out:
+        raise SpecError("--out is empty; name a folder for the shards.")
     vocabulary = data.make_vocabulary(spec.data)
     train.check_vocabulary(spec, vocabulary)
     task = _task(spec, text_embeddings)
@@ -101,6 +107,8 @@ def precompute(
         "text_embeddings": text_embeddings,
     }
     folder = epath.Path(out)
+    if jax.process_index() == 0:
+        array_records.check(folder, plan)  # before the lock, which leaves its file
     with _alone(folder) if jax.process_index() == 0 else contextlib.nullcontext():
         if jax.process_index() == 0:
             array_records.begin(folder, plan)
@@ -121,7 +129,7 @@ def precompute(
     return array_records.read_manifest(out, "tokens")[1]
 
 
-def _checked(spec: specs.Spec, text_embeddings: bool, epochs: int) -> specs.Spec:
+def _checked(spec: specs.Spec, text_embeddings: bool, epochs: int, per_shard: int) -> specs.Spec:
     if not isinstance(spec.task, specs.TokensTaskSpec):
         raise SpecError("--config trains a tokenizer; name that of a model which reads tokens.")
     if spec.data.name in ("precomputed", "mixture"):
@@ -131,6 +139,8 @@ def _checked(spec: specs.Spec, text_embeddings: bool, epochs: int) -> specs.Spec
         raise SpecError("--text_embeddings: model.text is trained, so that its embeddings change; leave it out.")
     if epochs < 1:
         raise SpecError(f"--epochs is {epochs}; expected at least 1.")
+    if per_shard < 1:
+        raise SpecError(f"--per_shard is {per_shard}; expected at least 1.")
     captioned_once = spec.data.name not in ("tfds", "array_record")
     if epochs > 1 and spec.data.crop == "center" and not spec.data.flip and captioned_once:
         raise SpecError(f"--epochs is {epochs}, but with data.crop='center' and no flip all are alike; leave it out.")
@@ -220,7 +230,8 @@ class _Computer:
 
     def run(self, folder: epath.Path, work: Sequence[_Work]) -> None:
         """Makes the shards that aren't there."""
-        missing = np.array([not one.part(folder).exists() for one in work])
+        with futures.ThreadPoolExecutor(array_records.THREADS) as pool:
+            missing = ~np.array(list(pool.map(lambda one: one.is_done(folder), work)))
         missing = multihost_utils.broadcast_one_to_all(missing) if jax.process_count() > 1 else missing
         left = [one for one, wanted in zip(work, missing, strict=True) if wanted]
         processes, mine = jax.process_count(), jax.process_index()
@@ -305,4 +316,4 @@ if __name__ == "__main__":
     _PER_SHARD = flags.DEFINE_integer("per_shard", PER_SHARD, "Examples a file.")
     train.define_process_flags()
     flags.mark_flags_as_required(["config", "out"])
-    app.run(main)
+    app.run(main, flags_parser=train.parse_flags)

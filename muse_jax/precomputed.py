@@ -60,19 +60,22 @@ def _digest(value: Any) -> str:
 def check(spec: specs.Spec, task: Any, source: Any, vocabulary: Any) -> None:
     """Raises SpecError, naming what differs, if a source's tokens aren't those that this run would make."""
     expected = key(spec, task, vocabulary)
-    sources = getattr(source, "sources", {"": source})
-    for label, one in sources.items():
-        path = f"data.sources.{label}" if label else "data.path"
-        parts = [*_differences(expected, one.key)]
-        if parts:
+    checked = [("data", spec.data, source)]
+    if spec.data.name == "mixture":  # whose sources may have crops of their own
+        parts = specs.mixture_parts(spec.data)
+        checked = [(f"data.sources.{label}", parts[label][1], one) for label, one in source.sources.items()]
+    for path, section, one in checked:
+        wanted = {**expected, "crop": section.crop, "flip": section.flip}
+        differences = [*_differences(wanted, one.key, path)]
+        if differences:
             raise SpecError(
-                f"{path} was precomputed for another run: {'; '.join(parts)}. Precompute it with this config, or bring "
-                "back what it was made with."
+                f"{path}.path was precomputed for another run: {'; '.join(differences)}. Precompute it with this "
+                "config, or bring back what it was made with."
             )
-        _check_text(spec, expected["text"], one.key["text"], path)
+        _check_text(spec, expected["text"], one.key["text"], f"{path}.path")
 
 
-def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+def _differences(expected: Mapping[str, Any], found: Mapping[str, Any], path: str) -> Iterator[str]:
     for name in sorted({*expected["tokenizers"], *found["tokenizers"]}):
         have, wanted = found["tokenizers"].get(name), expected["tokenizers"].get(name)
         if have is None:
@@ -83,7 +86,7 @@ def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Itera
             yield f"it has tokens of a {name}, and this run has none"
     for name in ("image_size", "crop", "flip"):
         if expected[name] != found[name]:
-            yield f"data.{name} is {expected[name]!r} and was {found[name]!r}"
+            yield f"{path}.{name} is {expected[name]!r} and was {found[name]!r}"
 
 
 def _check_text(spec: specs.Spec, expected: Mapping[str, str], found: Mapping[str, str], path: str) -> None:

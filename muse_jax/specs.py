@@ -8,9 +8,10 @@ what was given, what was expected and what to do. The rest of the code reads spe
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -225,6 +226,7 @@ RULES: Mapping[str, Any] = {
 # Generated scenes, a folder of pictures, TFDS, what `convert` and `precompute` wrote, noise, several of them.
 SOURCES = ("scenes", "folder", "tfds", "array_record", "precomputed", "synthetic", "mixture")
 FILTERED = ("folder", "array_record")  # with pictures' sizes known, so that some can be left out
+MOST_APART = 1e6  # a mixture's largest weight over its smallest
 # What the sources of a mixture cannot have each for itself.
 MIXED_ALIKE = ("sources", "image_size", "text_length", "text_embeddings", "vocabulary", "workers", "prefetch")
 
@@ -319,9 +321,6 @@ class DeadlinesSpec:
     heartbeat: float = 60.0  # until a process of which nothing is heard counts as dead
 
 
-DEADLINES: Mapping[str, float] = dataclasses.asdict(DeadlinesSpec())  # for configs, so that flags may change them
-
-
 @dataclasses.dataclass(frozen=True)
 class ProfileSpec:
     """Steps that are recorded for xprof, in the workdir."""
@@ -379,39 +378,71 @@ class Spec:
         return 1 if isinstance(self.model, MaskGITSpec) else self.data.text_length
 
 
+NAMED = {"task": TASKS, "model": MODELS}  # sections whose keys depend on their `name`
+SECTIONS = {name: hint for name, hint in typing.get_type_hints(Spec).items() if dataclasses.is_dataclass(hint)}
+
+
+def locked(config: Any) -> Any:
+    """The ConfigDict of a config file, locked, with every key that it leaves at the specs' default.
+
+    A flag can change only what a config holds; so all of it can be changed. Nothing is checked before flags
+    have been read: `from_config` does that.
+    """
+    with config.unlocked():
+        _fill(config, Spec)
+        for name, table in NAMED.items():
+            if name in config and config[name].get("name") in table:
+                _fill(config[name], table[config[name].name])
+    return config.lock()
+
+
+def _fill(section: Any, cls: type) -> None:
+    """Adds what a section of a ConfigDict leaves at the defaults of `cls`."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            if field.name not in section:
+                section[field.name] = {}
+            _fill(section[field.name], hints[field.name])
+        elif field.name not in section and field.default is not dataclasses.MISSING:
+            section[field.name] = field.default
+        elif field.name not in section and field.default_factory is not dataclasses.MISSING:
+            section[field.name] = field.default_factory()
+
+
 def from_config(config: Any) -> Spec:
     """Checks a config (a ConfigDict or nested dict) and returns its `Spec`.
 
     Raises:
       SpecError: naming the key, what was given, what was expected.
     """
+    spec = from_stored(config)
+    _check_misfits(spec)
+    return spec
+
+
+def from_stored(config: Any) -> Spec:
+    """The `Spec` of a run that was started once, whether or not it would be today.
+
+    So that stages and workdirs stay of use when something else comes to be refused.
+
+    Raises:
+      SpecError: for unknown keys, missing ones and wrong types.
+    """
     tree = json.loads(config.to_json_best_effort()) if hasattr(config, "to_json_best_effort") else config
     sections = {field.name for field in dataclasses.fields(Spec)}
     _check_keys(tree, sections, "config")
-    task = _named(TASKS, tree.get("task", {}), "task")
-    model = _named(MODELS, tree.get("model", {}), "model")
-    rest = {
-        "data": DataSpec,
-        "optimizer": OptimizerSpec,
-        "mesh": MeshSpec,
-        "train": TrainSpec,
-        "checkpoint": CheckpointSpec,
-        "sample": SampleSpec,
-        "deadlines": DeadlinesSpec,
-        "profile": ProfileSpec,
-    }
-    built = {name: _build(cls, tree.get(name, {}), name) for name, cls in rest.items()}
+    built = {name: _named(table, tree.get(name, {}), name) for name, table in NAMED.items()}
+    built |= {name: _build(cls, tree.get(name, {}), name) for name, cls in SECTIONS.items()}
     for name in ("rules", "frozen_rules"):
         built[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(tree.get(name, {})).items()}
-    spec = Spec(seed=_convert(int, tree.get("seed", 0), "seed"), task=task, model=model, **built)
-    _check_misfits(spec)
-    return spec
+    return Spec(seed=_convert(int, tree.get("seed", 0), "seed"), **built)
 
 
 def to_config(spec: Spec) -> dict[str, Any]:
     """The spec as a nested dict of JSON values; `from_config` reads it back to an equal spec."""
     tree = dataclasses.asdict(spec)
-    for section, table in (("task", TASKS), ("model", MODELS)):
+    for section, table in NAMED.items():
         names = {cls: name for name, cls in table.items()}
         tree[section] = {"name": names[type(getattr(spec, section))], **tree[section]}
     return json.loads(json.dumps(tree))
@@ -423,7 +454,7 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       SpecError: for a key that exists no longer.
     """
-    return to_config(from_config(stored))
+    return to_config(from_stored(stored))
 
 
 def _named(table: Mapping[str, type], tree: Mapping[str, Any], path: str) -> Any:
@@ -490,21 +521,63 @@ def _one_of(value: str, allowed: Sequence[str], path: str) -> None:
         raise SpecError(f"{path} is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
 
 
-def _positive(section: Any, names: Sequence[str], path: str) -> None:
+def _each(section: Any, names: Sequence[str], path: str, is_right: Callable[[float], bool], expected: str) -> None:
+    """Raises SpecError for the first of the numbers that isn't right; comparisons with nan are not."""
     for name in names:
-        if getattr(section, name) < 1:
-            raise SpecError(f"{path}.{name} is {getattr(section, name)}; expected at least 1.")
+        if not is_right(getattr(section, name)):
+            raise SpecError(f"{path}.{name} is {getattr(section, name)}; expected {expected}.")
+
+
+def _positive(section: Any, names: Sequence[str], path: str) -> None:
+    _each(section, names, path, lambda value: value >= 1, "at least 1")
+
+
+def _not_negative(section: Any, names: Sequence[str], path: str) -> None:
+    _each(section, names, path, lambda value: 0 <= value < math.inf, "at least 0, and finite")
+
+
+def _share(section: Any, names: Sequence[str], path: str) -> None:
+    _each(section, names, path, lambda value: 0 <= value <= 1, "a share, 0 to 1")
+
+
+def _below_one(section: Any, names: Sequence[str], path: str) -> None:
+    _each(section, names, path, lambda value: 0 <= value < 1, "at least 0 and less than 1")
+
+
+def _check_numbers(spec: Spec) -> None:
+    """Those with which a run would fail late, or train nonsense in silence."""
+    _positive(spec.train, ("steps", "batch_size", "log_every"), "train")
+    _not_negative(spec.train, ("eval_every", "eval_batches", "sample_every", "compare_every"), "train")
+    _positive(spec.checkpoint, ("every_steps", "keep"), "checkpoint")
+    _positive(spec.deadlines, ("heartbeat",), "deadlines")
+    _not_negative(spec.profile, ("start_step", "num_steps"), "profile")
+    if spec.profile.num_steps and spec.profile.start_step >= spec.train.steps:
+        raise SpecError(
+            f"profile.start_step is {spec.profile.start_step}, but the run ends at train.steps {spec.train.steps}, and "
+            "nothing would be recorded; set it to an earlier step."
+        )
+    _positive(spec.optimizer, ("accumulate",), "optimizer")
+    rates = ("learning_rate", "adam_learning_rate", "final_scale", "warmup_steps", "weight_decay", "clip_norm")
+    _not_negative(spec.optimizer, rates, "optimizer")
+    _below_one(spec.optimizer, ("b1", "b2", "ema_decay"), "optimizer")
+    if isinstance(spec.task, TokensTaskSpec):
+        shares = ("text_dropout", "min_mask_ratio", "low_corruption", "picture_share")
+        _share(spec.task, shares, "task")
+        _below_one(spec.task, ("label_smoothing",), "task")
+        _not_negative(spec.task, ("visible_weight",), "task")
+    else:
+        weights = ("reconstruction", "codebook", "commitment", "perceptual", "adversarial")
+        steps = ("adversarial_start", "adversarial_warmup", "revive_after")
+        _not_negative(spec.task, (*weights, *steps), "task")
+    if not isinstance(spec.model, VQGANSpec):
+        _below_one(spec.model, ("dropout",), "model")
+    if hasattr(spec.model, "text"):
+        _below_one(spec.model.text, ("dropout",), "model.text")
 
 
 def _check_misfits(spec: Spec) -> None:
     """What can be told from the config alone."""
-    _positive(spec.train, ("steps", "batch_size", "log_every"), "train")
-    _positive(spec.checkpoint, ("every_steps", "keep"), "checkpoint")
-    _positive(spec.data, ("image_size",), "data")
-    _positive(spec.deadlines, ("heartbeat",), "deadlines")
-    for name in ("start_step", "num_steps"):
-        if getattr(spec.profile, name) < 0:
-            raise SpecError(f"profile.{name} is {getattr(spec.profile, name)}; expected at least 0.")
+    _check_numbers(spec)
     _check_data(spec.data)
     _one_of(spec.optimizer.name, ("adamw", "adafactor", "muon"), "optimizer.name")
     _one_of(spec.optimizer.gradient_dtype, ("float32", "bfloat16"), "optimizer.gradient_dtype")
@@ -527,22 +600,36 @@ def mixture_parts(data: DataSpec) -> dict[str, tuple[float, DataSpec]]:
     """{label: (weight, data section)} of a mixture's sources, which have what they don't change from `data`.
 
     Raises:
-      SpecError: if a source is no data section, or changes what a batch has in common.
+      SpecError: if there is no source, or one has no sound weight, is no data section, is a mixture itself, or changes
+        what a batch has in common.
     """
+    if not data.sources:
+        raise SpecError("data.name is 'mixture' and data.sources is empty; a mixture has sources: give at least one.")
     parts = {}
     for label, tree in data.sources.items():
         path = f"data.sources.{label}"
         if not isinstance(tree, Mapping):
             raise SpecError(f"{path} is {tree!r}; expected a section with a weight and keys of DataSpec.")
         changes = dict(tree)
-        weight = _convert(float, changes.pop("weight", 0), f"{path}.weight")
-        if not 0 < weight < float("inf"):
+        if "weight" not in changes:
+            raise SpecError(f"{path}.weight is missing; give each source of a mixture its weight.")
+        weight = _convert(float, changes.pop("weight"), f"{path}.weight")
+        if not 0 < weight < math.inf:
             raise SpecError(f"{path}.weight is {weight}; expected a positive number.")
         for key in MIXED_ALIKE:
             if key in changes:
                 raise SpecError(f"{path}.{key} is set, but a batch has one data.{key}; set that.")
         shared = {**dataclasses.asdict(data), "sources": {}, "min_side": 0, "max_aspect": 0.0}
         parts[label] = weight, _build(DataSpec, {**shared, **changes}, path)
+        if parts[label][1].name == "mixture":
+            known = ", ".join(repr(name) for name in SOURCES if name != "mixture")
+            raise SpecError(f"{path}.name is 'mixture'; a mixture has no mixture in it. Expected one of {known}.")
+    weights = [weight for weight, _ in parts.values()]
+    if max(weights) / MOST_APART > min(weights):
+        raise SpecError(
+            f"data.sources have weights from {min(weights)} to {max(weights)}; expected none to be over "
+            f"{MOST_APART:,.0f} times another. Leave out a source that would hardly ever come."
+        )
     return parts
 
 
@@ -554,9 +641,11 @@ def is_precomputed(data: DataSpec) -> bool:
 
 
 def _check_data(data: DataSpec, path: str = "data") -> None:
+    _positive(data, ("image_size",), path)
+    _not_negative(data, ("text_length", "min_side", "workers", "prefetch"), path)
     _one_of(data.name, SOURCES, f"{path}.name")
     _one_of(data.crop, ("center", "random"), f"{path}.crop")
-    if (data.name == "mixture") != bool(data.sources) or (data.name == "mixture" and path != "data"):
+    if data.sources and data.name != "mixture":
         raise SpecError(
             f"{path}.name is {data.name!r} and {path}.sources has {len(data.sources)} entries; "
             "a mixture has sources, everything else has none."
@@ -572,8 +661,10 @@ def _check_data(data: DataSpec, path: str = "data") -> None:
             f"{path}.min_side and {path}.max_aspect filter {' and '.join(map(repr, FILTERED))}, not {data.name!r}; "
             "set them to 0, or filter with muse_jax.convert."
         )
-    if data.max_aspect and data.max_aspect < 1:
-        raise SpecError(f"{path}.max_aspect is {data.max_aspect}; a longer side is at least once the shorter.")
+    if data.max_aspect and not data.max_aspect >= 1:
+        raise SpecError(
+            f"{path}.max_aspect is {data.max_aspect}; a longer side is at least once the shorter. Set 0 for no filter."
+        )
     if data.text_embeddings and data.name != "precomputed":
         raise SpecError(f"{path}.text_embeddings is set, but only {path}.name='precomputed' has them; unset it.")
 

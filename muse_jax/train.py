@@ -18,10 +18,12 @@ from muse_jax import process
 if __name__ == "__main__":
     process.reexec_with_malloc_settings()  # before jax is imported
 
+import contextlib
 import itertools
+import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -49,12 +51,15 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
 
     Args:
       spec: from `specs.from_config`.
-      workdir: see `training.trainer.train`, as for all that is raised.
+      workdir: see `training.trainer.train`, as for what else is raised.
       tensorboard: whether to write TensorBoard files beside metrics.jsonl.
       bar: whether to show a progress bar.
 
     Returns:
       The last step and its metrics; `was_finished` if there was nothing left to do.
+
+    Raises:
+      feed.DataError: if the data can't be used; says why and what to do.
     """
     from muse_jax import stages
 
@@ -65,13 +70,16 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
     sharding.check_batch(spec, mesh)
     check_attention(spec, mesh.devices.flat[0].platform)
     part, parts = sharding.process_part(sharding.batch_sharding(mesh, spec.rules), spec.train.batch_size)
-    vocabulary = data.make_vocabulary(spec.data)
+    with opening_data():
+        vocabulary = data.make_vocabulary(spec.data)
     check_vocabulary(spec, vocabulary)
     task = stages.build_task(spec, checkpoint.load_stage)
-    source = data.make_source(spec.data, "train")
+    with opening_data():
+        source = data.make_source(spec.data, "train")
     if specs.is_precomputed(spec.data):
         precomputed.check(spec, task, source, vocabulary)
 
+    @opening_data()
     def loader(split: str, start: int) -> data.Loader:
         return data.make_loader(
             spec.data,
@@ -105,6 +113,20 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
         tensorboard=tensorboard,
         bar=bar,
     )
+
+
+@contextlib.contextmanager
+def opening_data() -> Iterator[None]:
+    """What is wrong with the data, raised as a `feed.DataError`: what opens them can't know that one.
+
+    What is wrong with the config stays a SpecError.
+    """
+    try:
+        yield
+    except specs.SpecError:
+        raise
+    except (ValueError, OSError) as error:
+        raise feed.DataError(str(error)) from error
 
 
 def model_flops(spec: specs.Spec, task: Any) -> float:
@@ -164,6 +186,22 @@ def main(argv: Sequence[str]) -> None:
     print(f"{_WORKDIR.value} {state}: step {result.step}, {shown}")
 
 
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's, for `app.run`; a --config.KEY that the config doesn't have ends in one line instead of a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        try:
+            config_flags.get_override_values(flags.FLAGS["config"])
+        except flags.Error:
+            raise error from None  # the config's own file raised it
+        missing = error.args[0] if isinstance(error.args[0], KeyError) else error
+        key, _, hint = str(missing.args[0]).partition("\n")
+        given = [word for word in argv if key.strip("'") in re.split(r"[.=]", word)]
+        print(f"{' '.join(given)}: the config has no key {key}. {hint}".rstrip(), file=sys.stderr)
+        sys.exit(1)
+
+
 def define_process_flags() -> None:
     """The flags that say which of several processes a command's process is; `join` reads them."""
     flags.DEFINE_string("coordinator", None, "host:port of process 0; not needed on TPU slices.")
@@ -196,4 +234,4 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that holds all that the run writes.")
     define_process_flags()
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -1,9 +1,13 @@
 """Every config in configs/ is a run that would start, and the stages of a folder fit each other."""
 
+import dataclasses
 import importlib.util
 import pathlib
+import typing
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from muse_jax import quickstart, specs
 from muse_jax.sampling import folder as pipeline_folder
@@ -36,6 +40,63 @@ def test_a_config_is_locked_and_says_what_it_is(file):
     with pytest.raises((AttributeError, KeyError)):
         config.train.no_such_key = 1
     assert f"--config=configs/{file}" in module.__doc__, "the docstring has the command that starts the run"
+
+
+def _check_keys(section, cls):
+    """Each key of a spec is there, in the type that makes its flag read what the spec wants."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            _check_keys(section[name], hint)
+        elif isinstance(hint, type):
+            assert type(section[name]) is hint, name
+        elif typing.get_origin(hint) is tuple:
+            assert type(section[name]) is tuple, name
+        else:
+            assert name in section
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_config_has_every_key_and_what_it_leaves_out_is_the_default(file, monkeypatch):
+    config = _load(CONFIGS / file).get_config()
+    for name, cls in specs.SECTIONS.items():
+        _check_keys(config[name], cls)
+    for name, table in specs.NAMED.items():
+        _check_keys(config[name], table[config[name].name])
+    monkeypatch.setattr(specs, "locked", lambda config: config.lock())
+    monkeypatch.setattr(specs, "_check_misfits", lambda spec: None)  # paths are to be given
+    assert specs.from_config(config) == specs.from_config(_load(CONFIGS / file).get_config())
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "expected"),
+    [
+        ("data.text_embeddings", "True", True),
+        ("data.min_side", "64", 64),
+        ("data.max_aspect", "2", 2.0),
+        ("data.text_key", "caption", "caption"),
+        ("data.sources", "{'a': {'name': 'scenes', 'weight': 1}}", {"a": {"name": "scenes", "weight": 1}}),
+        ("model.text.weights", "weights/t5", "weights/t5"),
+        ("optimizer.gradient_dtype", "bfloat16", "bfloat16"),
+        ("optimizer.overrides", "{'embeddings': {'name': 'adamw'}}", {"embeddings": {"name": "adamw"}}),
+        ("mesh.most_bytes", "1.1", 1.1),
+        ("train.tpu_options", "{'xla_some': True}", {"xla_some": True}),
+        ("deadlines.step", "300", 300.0),
+        ("profile.num_steps", "2", 2),
+        ("frozen_rules", "{'embed': None}", {"embed": None}),
+    ],
+)
+@pytest.mark.parametrize("file", ["base_3b.py", "pictures/base.py", "scenes/base.py"])
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
+def test_flags_set_what_a_config_leaves_out(file, key, given, expected):
+    argv = ["train", f"--config={CONFIGS / file}", f"--config.{key}={given}"]
+    values = flags.FlagValues()
+    found = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    value = found.value.to_dict()
+    for part in key.split("."):
+        value = value[part]
+    assert value == expected
+    assert type(value) is type(expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from muse_jax import convert, data
+from muse_jax.data import inputs
 from muse_jax.specs import DataSpec
 
 pytest.importorskip("apache_beam", reason="pip install 'muse_jax[convert]'")
@@ -69,15 +70,65 @@ def test_a_pipeline_in_this_process(tars, tmp_path, capsys):
         (["--workers=1", "surplus"], ["unexpected argument 'surplus'"]),
         (["--eval_share=1.5"], ["--eval_share is 1.5"]),
         (["--max_aspect=0.5"], ["--max_aspect is 0.5"]),
+        (["--max_aspect=nan"], ["--max_aspect is nan"]),
+        (["--min_side=-5"], ["--min_side is -5"]),
+        (["--workers=-1"], ["--workers is -1"]),
+        (["--out="], ["--out is empty"]),
         (["--path=/nowhere"], ["--path '/nowhere' names no tars"]),
     ],
 )
-def test_wrong_flags_are_named_and_nothing_is_begun(tars, tmp_path, capsys, more, words):
+def test_wrong_flags_are_named_and_nothing_is_begun(tars, tmp_path, capsys, monkeypatch, more, words):
+    monkeypatch.chdir(tmp_path)
     assert convert.main(arguments(tars, tmp_path / "out", *more)) == 1
     said = capsys.readouterr().err
     for word in words:
         assert word in said
     assert not list(tmp_path.rglob("plan.json"))
+
+
+def test_another_programs_folder_is_refused_and_left_as_it_is(tars, tmp_path, capsys):
+    mine = tmp_path / "out/train-00000-of-00002.array_record"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert convert.main(arguments(tars, tmp_path / "out", "--workers=1")) == 1
+    assert "choose another --out" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == [mine]
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device\n"),
+        (inputs.InputError("it changed"), "InputError: it changed\n"),
+    ],
+)
+def test_an_error_within_the_pipeline_is_said_in_one_line(tars, tmp_path, capsys, monkeypatch, error, said):
+    def failing(source, piece):
+        raise error
+        yield
+
+    monkeypatch.setattr(inputs.WebDataset, "samples", failing)
+    assert convert.main(arguments(tars, tmp_path / "out", "--workers=1")) == 1
+    assert capsys.readouterr().err.splitlines(keepends=True)[-1] == said
+
+
+def test_an_error_of_a_worker_process_is_its_last_line():
+    traceback = "Traceback (most recent call last):\n  raise\nmuse_jax.data.inputs.InputError: it changed"
+    within = "During handling of the above exception, another exception occurred:"
+    error = RuntimeError(f"{traceback}\n\n{within}\n\n{traceback} [while running 'Map(<lambda at convert.py:75>)']\n")
+    assert convert._message(error) == "InputError: it changed"
+
+
+def test_an_empty_split_for_evaluation_is_said(tars, tmp_path, capsys):
+    flags = ["--eval_share=1e-9", "--workers=1"]
+    assert convert.main(arguments(tars, tmp_path / "out", *flags)) == 0
+    said = capsys.readouterr().err
+    assert "No picture went to the split test" in said
+    assert "config.data.eval_split=train" in said
+    spec = DataSpec(name="array_record", image_size=16, path=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"no split 'test', but 'train'\. Set data\.eval_split .* larger --eval_share"):
+        data.make_source(spec, "eval")
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def test_collectives_of_a_real_program():
 
 
 def test_a_collective_hides_behind_what_is_scheduled_before_its_end():
-    chip = roofline.Chip(flops=1.0, memory_bytes=0, memory_rate=1e30, link_rate=1.0, torus=3)
+    chip = roofline.Chip(flops=1.0, memory_bytes=0, memory_rate=1e30, link_rate=1.0, torus=3, largest=4096)
     times = roofline.estimate(hlo.parse(LOOP), chip)
     gather, reduce, dot = 8 * 8 * 4 * 3 / 4, 2 * 4 * 4.0, 2 * 2 * 8 * 4.0
     assert times.compute == 6 * dot
@@ -181,7 +181,7 @@ def test_a_collective_hides_behind_what_is_scheduled_before_its_end():
 
 
 def test_a_group_has_the_links_of_the_axes_that_it_spans():
-    chip = roofline.Chip(flops=1e30, memory_bytes=0, memory_rate=1e30, link_rate=3.0, torus=3)
+    chip = roofline.Chip(flops=1e30, memory_bytes=0, memory_rate=1e30, link_rate=3.0, torus=3, largest=4096)
     line = [(i, 0, 0) for i in range(8)]
     cube = [(i // 4, i // 2 % 2, i % 2) for i in range(8)]
     one, two = (roofline.estimate(hlo.parse(LOOP), chip, places).interconnect for places in (line, cube))
@@ -241,12 +241,12 @@ def test_an_exchange_that_is_spread_over_fusions_counts_once():
     # The product reads and writes its own; the buffers that pass by are the start's, which the end doesn't copy.
     own = {name: traffic.own_bytes(module, main, main.instructions[name]) for name in ("f2", "f3")}
     assert own == {"f2": 4 * (4 * 8 + 8 * 6 + 4 * 6), "f3": 0.0}
-    chip = roofline.Chip(flops=1.0, memory_bytes=0, memory_rate=1e30, link_rate=0.1, torus=3)
+    chip = roofline.Chip(flops=1.0, memory_bytes=0, memory_rate=1e30, link_rate=0.1, torus=3, largest=4096)
     slow = roofline.estimate(module, chip)
     product = 2 * 4 * 6 * 8.0
     assert slow.step == pytest.approx(gathered / 0.1)
     assert slow.exposed == pytest.approx(gathered / 0.1 - product)
-    quick = roofline.estimate(module, roofline.Chip(1.0, 0, 1e30, 10.0, 3))
+    quick = roofline.estimate(module, roofline.Chip(1.0, 0, 1e30, 10.0, 3, 4096))
     assert (quick.step, quick.exposed) == (pytest.approx(product), 0.0)
 
 

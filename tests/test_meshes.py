@@ -21,8 +21,8 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 BATCH = 8
 TEXT = {"heads": 4, "head_dim": 8, "width": 32, "mlp_width": 64}
 CHANGES = {  # so that all meshes divide them
-    "base": {"model": {"heads": 4, "width": 32}, "text": TEXT},
-    "superres": {"model": {"heads": 8, "width": 64}, "text": TEXT},
+    "base": {"model": {"heads": 4, "width": 32, "unroll": 1}, "text": TEXT},
+    "superres": {"model": {"heads": 8, "width": 64, "unroll": 1}, "text": TEXT},
     # Both optimizers at work from the first step, and no revival, which picks by ranks.
     "tokenizer_low": {"task": {"adversarial": 0.1, "adversarial_start": 0, "revive_after": 100}},
 }

@@ -310,10 +310,32 @@ def test_a_folder_that_was_begun_with_something_else_is_refused(made, embeddings
         precompute.precompute(dataclasses.replace(base(made), seed=1), str(embeddings))
 
 
+def test_a_folder_that_something_else_made_is_left_as_it_is(made, tmp_path):
+    mine = tmp_path / "train-00000-of-00002.array_record"
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=r"train-00000.* but no plan\.json"):
+        precompute.precompute(base(made), str(tmp_path))
+    assert list(tmp_path.iterdir()) == [mine]
+    with pytest.raises(specs.SpecError, match="--out is empty"):
+        precompute.precompute(base(made), "")
+
+
+def test_a_shard_that_is_gone_is_made_again_and_no_other(made, high_tokens, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(high_tokens[0], out)
+    written = {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
+    gone = min(written)
+    gone.unlink()
+    assert precompute.precompute(superres(made), str(out), epochs=2, per_shard=9) == high_tokens[1]
+    assert [path for path, then in written.items() if path.stat().st_mtime_ns != then] == [gone]
+
+
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
         ({}, {"epochs": 2}, "all are alike"),
+        ({}, {"per_shard": 0}, "--per_shard is 0; expected at least 1"),
+        ({}, {"per_shard": -3}, "--per_shard is -3; expected at least 1"),
         (
             {"model__text__trainable": True, "model__text__weights": ""},
             {"text_embeddings": True},

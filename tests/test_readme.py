@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What cannot run inside a test, and what runs it instead.
 ELSEWHERE = {
     "pip install -e . && python -m muse_jax.quickstart": "tests/test_quickstart.py",
-    "pip install -e '.[test]' && pytest -m \"not slow\" -n 2 --dist loadfile": ".ci/run",
+    "pip install -e '.[test]' && pytest -m \"not slow\" -n 3 --dist loadfile": ".ci/run",
     "python -m muse_jax.quickstart --variant=long --workdir=runs/long": "tests/test_configs.py",
     "python docs/emoji.py runs/emoji-pictures": "tests/docs/test_emoji.py",
     "pytest": ".ci/run",
@@ -96,7 +96,7 @@ def test_what_runs_elsewhere_is_still_there():
         if command not in ELSEWHERE
     ],
 )
-def test_a_command_runs(command, checkout, request):
+def test_a_command_runs(command, checkout, one_device, request):
     if "runs/emoji/" in command and not (checkout / "runs/emoji/pipeline").exists():
         if not any(
             item.name.startswith("test_a_command_runs") and SLOW[0] in item.name for item in request.session.items
@@ -104,15 +104,15 @@ def test_a_command_runs(command, checkout, request):
             pytest.skip("needs the slow test of the quickstart on pictures")
         pytest.fail("the quickstart on pictures, before this in the README, left no pipeline")
     words = _short(command)
-    done = subprocess.run(words, cwd=checkout, capture_output=True, text=True, timeout=500, check=False)
+    settings = {"capture_output": True, "text": True, "timeout": 500, "check": False}
+    done = subprocess.run(words, cwd=checkout, env=one_device, **settings)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 @pytest.mark.parametrize("block", _fenced("python"))
-def test_a_python_block_runs(block, checkout):
-    done = subprocess.run(
-        [sys.executable, "-c", block], cwd=checkout, capture_output=True, text=True, timeout=300, check=False
-    )
+def test_a_python_block_runs(block, checkout, one_device):
+    settings = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+    done = subprocess.run([sys.executable, "-c", block], cwd=checkout, env=one_device, **settings)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (checkout / "crosses.png").stat().st_size > 0
 

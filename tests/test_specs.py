@@ -70,8 +70,7 @@ SUPERRES = {
         "text": TEXT,
     },
 }
-
-
+PICTURES = {**BASE, "data": {**BASE["data"], "name": "folder", "path": "somewhere", "vocabulary": ""}}
 PAELLA = {
     **BASE,
     "task": {**BASE["task"], "corruption": "noise"},
@@ -173,6 +172,49 @@ def test_a_wrong_config_names_the_mend(config, path, value, words):
         assert word in str(error.value)
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "values"),
+    [
+        (BASE, "task.text_dropout", [-0.1, 1.5, NAN]),
+        (BASE, "task.label_smoothing", [-0.1, 1.0, NAN]),
+        (BASE, "task.min_mask_ratio", [-0.1, 1.1, NAN]),
+        (BASE, "task.visible_weight", [-1.0, NAN, float("inf")]),
+        (SUPERRES, "task.low_corruption", [-0.1, 1.1, NAN]),
+        (_changed(PAELLA, "model.picture_encoder", True), "task.picture_share", [-0.1, 1.1, NAN]),
+        (BASE, "model.dropout", [-0.1, 1.0, NAN]),
+        (PAELLA, "model.text.dropout", [1.0]),
+        (TOKENIZER, "task.commitment", [-0.25, NAN]),
+        (TOKENIZER, "task.adversarial_start", [-1]),
+        (BASE, "optimizer.learning_rate", [-1e-3, NAN]),
+        (BASE, "optimizer.b2", [1.0, NAN]),
+        (BASE, "optimizer.ema_decay", [1.0, -0.9]),
+        (BASE, "optimizer.accumulate", [0]),
+        (BASE, "train.eval_batches", [-1]),
+        (BASE, "deadlines.heartbeat", [0.0, NAN]),
+        (PICTURES, "data.min_side", [-3]),
+        (PICTURES, "data.max_aspect", [NAN, 0.5, -2.0]),
+        (PICTURES, "data.workers", [-1]),
+    ],
+)
+def test_numbers_that_would_train_nonsense_are_named(config, path, values):
+    config = {"deadlines": {}, **config}
+    specs.from_config(ConfigDict(config))
+    for value in values:
+        with pytest.raises(specs.SpecError, match=f"{path} is {value}[;,]"):
+            specs.from_config(ConfigDict(_changed(config, path, value)))
+
+
+def test_a_profile_that_would_never_be_taken_is_refused():
+    late = {**BASE, "profile": {"start_step": 10}}
+    specs.from_config(late)
+    with pytest.raises(specs.SpecError, match=r"profile\.start_step is 10, .* train\.steps 10"):
+        specs.from_config(_changed(late, "profile.num_steps", 2))
+    specs.from_config({**BASE, "profile": {"start_step": 9, "num_steps": 2}})  # as far as the run goes
+
+
 def test_missing_keys_are_named():
     config = copy.deepcopy(BASE)
     del config["model"]["width"], config["model"]["heads"]
@@ -190,5 +232,7 @@ def test_a_stored_config_is_completed_with_what_came_since():
     older = json.loads(json.dumps(stored))
     del older["model"]["encoder_kernel"], older["train"]["stop_after_nonfinite"]
     assert specs.completed(older) == stored
+    refused_since = _changed(stored, "optimizer.ema_decay", 1.0)
+    assert specs.completed(refused_since) == refused_since, "what is compared need not be what could be started"
     with pytest.raises(specs.SpecError, match="removed_since"):
         specs.completed({**older, "data": {**older["data"], "removed_since": 1}})

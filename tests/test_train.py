@@ -77,3 +77,45 @@ def test_processes_with_other_configs_are_told_which_keys_differ(tmp_path):
     ended = finish([start(i, port, *changes, f"--config.seed={i}") for i in range(2)])
     assert [code for code, _ in ended] == [1, 1], ended
     assert all("the config is not that of process 0: seed" in output for _, output in ended)
+
+
+@pytest.mark.parametrize("command", ["train", "compile"])
+def test_a_misspelt_key_is_said_in_one_line(command, tmp_path, one_device):
+    words = [sys.executable, "-m", f"muse_jax.{command}", "--config=configs/scenes/base.py"]
+    words += ["--config.train.stepz=3", *([f"--workdir={tmp_path}/w"] if command == "train" else [])]
+    settings = {"capture_output": True, "text": True, "timeout": 120, "check": False}
+    done = subprocess.run(words, cwd=ROOT, env=one_device, **settings)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "--config.train.stepz=3" in line
+    assert '"steps"' in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_what_a_config_file_raises_is_not_taken_for_a_misspelt_key(tmp_path, one_device):
+    (tmp_path / "own.py").write_text("def get_config():\n    return {}['stepz']\n")
+    words = [sys.executable, "-m", "muse_jax.train", f"--config={tmp_path}/own.py", f"--workdir={tmp_path}/w"]
+    settings = {"capture_output": True, "text": True, "timeout": 120, "check": False}
+    done = subprocess.run([*words, "--config.data.path=x"], cwd=ROOT, env=one_device, **settings)
+    assert done.returncode == 1
+    assert "own.py" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["data.name=array_record", "data.path=nowhere"], "data.path is 'nowhere'"),
+        (["data.name=folder", "data.path=nowhere"], "data.path is 'nowhere'"),
+        (["data.name=scenes", "data.text_length=8", "data.vocabulary=nowhere.model"], "nowhere.model"),
+        (["data.name=scenes", "data.eval_split=nowhere"], "data.eval_split is 'nowhere'"),
+    ],
+)
+def test_wrong_data_are_said_in_one_message(changes, words, tmp_path, one_device):
+    command = [sys.executable, "-m", "muse_jax.train", "--config=configs/pictures/tokenizer_low.py:tiny"]
+    command += [f"--workdir={tmp_path}/w", *(f"--config.{change}" for change in changes)]
+    settings = {"capture_output": True, "text": True, "timeout": 200, "check": False}
+    done = subprocess.run(command, cwd=ROOT, env=one_device, **settings)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("DataError: ")
+    assert words in done.stderr

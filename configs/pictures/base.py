@@ -92,8 +92,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.rules = dict(specs.RULES)
     config.train = dict(steps=1500, batch_size=64, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
     config.checkpoint = dict(every_steps=250, keep=2)
-    config.deadlines = dict(specs.DEADLINES)
-    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=24,  # Muse, section 2.8
         schedule="cosine",
@@ -111,4 +109,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.model.text.update(layers=1, width=32, heads=2, head_dim=16, mlp_width=64)
         config.train.update(steps=4, batch_size=8, log_every=2, eval_batches=1)
         config.sample.num_inference_steps = 4
-    return config.lock()
+    return specs.locked(config)

@@ -74,8 +74,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.rules = dict(specs.RULES)
     config.train = dict(steps=2000, batch_size=64, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
     config.checkpoint = dict(every_steps=250, keep=2)
-    config.deadlines = dict(specs.DEADLINES)
-    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=16,  # table 3 and section 4.1: 8 to 12
         schedule="cosine",
@@ -90,4 +88,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.model.update(layers=2, width=32, heads=2, mlp_width=64, unroll=2)
         config.train.update(steps=4, batch_size=8, log_every=2, eval_batches=1)
         config.sample.num_inference_steps = 4
-    return config.lock()
+    return specs.locked(config)

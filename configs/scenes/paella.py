@@ -91,8 +91,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.rules = dict(specs.RULES)
     config.train = dict(steps=2000, batch_size=64, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
     config.checkpoint = dict(every_steps=250, keep=2)
-    config.deadlines = dict(specs.DEADLINES)
-    config.profile = dict(start_step=10, num_steps=0)
     config.sample = dict(
         num_inference_steps=16,  # the paper: 8 to 12
         schedule="cosine",
@@ -106,8 +104,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         selection_rule="anywhere",  # that is renoised
     )
     if variant == "tiny":
-        config.model.update(widths=(32, 32), down_blocks=(1, 1), up_blocks=(2, 1), heads=2, unroll=2)
+        config.model.update(widths=(32, 32), down_blocks=(1, 1), up_blocks=(2, 1), heads=2, unroll=1)
         config.model.text.update(layers=1, width=32, heads=2, head_dim=16, mlp_width=64)
         config.train.update(steps=4, batch_size=8, log_every=2, eval_batches=1)
         config.sample.num_inference_steps = 4
-    return config.lock()
+    return specs.locked(config)

@@ -67,12 +67,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.rules = dict(specs.RULES)
     config.train = dict(steps=500, batch_size=16, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
     config.checkpoint = dict(every_steps=250, keep=2)
-    config.deadlines = dict(specs.DEADLINES)
-    config.profile = dict(start_step=10, num_steps=0)
     config.sample = {}
     if variant == "long":
         config.train.steps = 1600
     if variant == "tiny":
         config.model.update(codebook_size=32, channels=16, res_blocks=1)
         config.train.update(steps=4, batch_size=8, log_every=2, eval_batches=1)
-    return config.lock()
+    return specs.locked(config)

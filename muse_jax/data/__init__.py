@@ -78,9 +78,18 @@ def make_vocabulary(spec: DataSpec) -> vocabulary_lib.Vocabulary | None:
     Returns:
       The vocabulary: with "classes" the names of the labels, which the batches have instead of texts. None
       if `spec.text_length` is 0 and batches have neither.
+
+    Raises:
+      SpecError: for "classes" of a source that has none.
+      ValueError, OSError: if the data or the vocabulary's file cannot be used.
     """
     if spec.vocabulary == "classes":
-        return vocabulary_lib.ClassVocabulary(make_source(spec).class_names())
+        source = make_source(spec)
+        if not hasattr(source, "class_names"):
+            raise specs.SpecError(
+                f"data.vocabulary is 'classes', but data.name {spec.name!r} has no classes; use 'folder' or 'tfds'."
+            )
+        return vocabulary_lib.ClassVocabulary(source.class_names())
     if not spec.text_length:
         return None
     name = spec.vocabulary or _VOCABULARIES.get(spec.name, "captions")

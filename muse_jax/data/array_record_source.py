@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from muse_jax.data import array_records, transforms
 from muse_jax.data.reading import Reader
 from muse_jax.specs import DataSpec
-
-SIZES = ".sizes.npy"  # beside each shard: its pictures' width and height, uint32 [records, 2]
 
 
 class ArrayRecordSource:
@@ -30,7 +29,10 @@ class ArrayRecordSource:
         self._spec = spec
         self._split = spec.eval_split if split == "eval" else spec.split
         folder, manifest = array_records.read_manifest(spec.path, "pictures")
-        self._shards = array_records.shards_of(folder, manifest, self._split)
+        hint = "Set data.split to one of them."
+        if split == "eval":
+            hint = "Set data.eval_split to one of them, or convert the pictures with a larger --eval_share."
+        self._shards = array_records.shards_of(folder, manifest, self._split, hint)
         self._records = array_records.open_shards(folder, self._shards)
         self._kept = self._filtered(folder)
         if not len(self):
@@ -40,14 +42,13 @@ class ArrayRecordSource:
             )
         self._reader = Reader(self._read, length=len(self), name_of=self._name, fixed=False)
 
-    def _filtered(self, folder: Any) -> np.ndarray | None:
+    def _filtered(self, folder: epath.Path) -> np.ndarray | None:
         """Positions of the pictures that the config's filters keep; None for all of them."""
         if not self._spec.min_side and not self._spec.max_aspect:
             return None
         kept, first = [], 0
         for shard in self._shards:
-            with (folder / (shard.name + SIZES)).open("rb") as file:
-                sizes = np.load(io.BytesIO(file.read()), allow_pickle=False)
+            sizes = _sizes(folder / (shard.name + array_records.SIZES), shard.records)
             filters = self._spec.min_side, self._spec.max_aspect
             faults = (transforms.size_fault(*size, *filters) for size in sizes.tolist())
             kept += [first + i for i, fault in enumerate(faults) if not fault]
@@ -90,3 +91,17 @@ class ArrayRecordSource:
         """Changes with any picture or caption, and with the filters; not with where the folder lies."""
         filters = "" if self._kept is None else f":{self._spec.min_side}:{self._spec.max_aspect}"
         return f"array_record:{array_records.fingerprint(self._shards)}{filters}"
+
+
+def _sizes(path: epath.Path, records: int) -> np.ndarray:
+    """Width and height of a shard's pictures, uint32 [records, 2]; raises ValueError, naming the file."""
+    try:
+        sizes = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        if sizes.shape != (records, 2):
+            raise ValueError(f"its shape is {sizes.shape}, not {(records, 2)}")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} has the pictures' sizes, by which data.min_side and data.max_aspect choose, and cannot be read "
+            f"({error}). Bring it back; or remove it, and start muse_jax.convert again, which makes what is missing."
+        ) from error
+    return sizes

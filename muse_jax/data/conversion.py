@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 from etils import epath
 
 from muse_jax.data import array_records, folders, inputs, transforms
-from muse_jax.data.array_record_source import SIZES
 
 SPLITS = ("train", "test")
 _CHECKED_SIDE = 8  # pixels; a JPEG is read whole and hardly computed
@@ -26,7 +24,8 @@ class Conversion:
     Attributes:
       source: one of `inputs.FORMATS`' classes.
       out: the folder.
-      eval_share: of the samples, by the hash of their keys, that go to the split "test".
+      eval_share: of the samples, by the hash of their keys, that go to the split "test"; where the source has
+        splits of its own, they are kept.
       needs_text: whether samples without a caption are skipped.
       min_side, max_aspect: see `transforms.size_fault`.
     """
@@ -48,29 +47,32 @@ class Conversion:
         """Makes the shards of a piece, number `number` of `count`, unless they are there.
 
         Returns:
-          The part of the manifest: {"shards": {split: shard}, "skipped": {reason: keys}, "samples": their number}.
+          The part of the manifest: {"shards": {split: shard}, "skipped": {reason: keys}, "samples": their number,
+          "notes": {what was lost besides samples, or passed over: where}}.
         """
         folder = epath.Path(self.out)
         place = folder / array_records.PARTS / f"{number:05d}.json"
-        if place.exists():
-            return json.loads(place.read_text())
-        skipped: dict[str, list[str]] = collections.defaultdict(list)
+        if done := array_records.done(folder, place.name, "pictures", "skipped", "samples"):
+            return done
+        skipped, notes = collections.defaultdict(list), collections.defaultdict(list)
         shards, samples = {}, 0
         with contextlib.ExitStack() as stack:
             writers = {split: _Writer(folder, split, number, count, stack) for split in SPLITS}
             for sample in self.source.samples(piece):
-                samples += 1
                 found = self._checked(sample)
                 if isinstance(found, inputs.Skipped):
-                    skipped[found.reason].append(folders.printable(found.key))
+                    reasons = skipped if found.sample else notes
+                    reasons[found.reason].append(folders.printable(found.key))
+                    samples += found.sample
                 else:
-                    split = SPLITS[folders.hash_share(sample.key) < self.eval_share]
+                    samples += 1
+                    split = sample.split or SPLITS[folders.hash_share(sample.key) < self.eval_share]
                     writers[split].write(sample, found)
             for split, writer in writers.items():
                 shard = writer.finish()
                 if shard:
                     shards[split] = dataclasses.asdict(shard)
-        part = {"shards": shards, "skipped": skipped, "samples": samples}
+        part = {"shards": shards, "skipped": skipped, "samples": samples, "notes": notes}
         array_records.write_json(place, part)
         return part
 
@@ -90,15 +92,25 @@ class Conversion:
     def write_manifest(self, parts: Iterable[Mapping[str, Any]]) -> None:
         """Writes the manifest of all parts, in the order of their pieces."""
         parts = list(parts)
-        skipped: dict[str, dict[str, Any]] = {}
-        for part in parts:
-            for reason, keys in part["skipped"].items():
-                entry = skipped.setdefault(reason, {"count": 0, "first": []})
-                entry["count"] += len(keys)
-                entry["first"] = (entry["first"] + keys)[:_NAMED]
         array_records.write_manifest(
-            epath.Path(self.out), "pictures", parts, samples=sum(part["samples"] for part in parts), skipped=skipped
+            epath.Path(self.out),
+            "pictures",
+            parts,
+            samples=sum(part["samples"] for part in parts),
+            skipped=_counted(part["skipped"] for part in parts),
+            notes=_counted(part.get("notes", {}) for part in parts),
         )
+
+
+def _counted(found: Iterable[Mapping[str, Sequence[str]]]) -> dict[str, dict[str, Any]]:
+    """{reason: how many there are, and the first few} over all parts."""
+    counted: dict[str, dict[str, Any]] = {}
+    for reasons in found:
+        for reason, keys in reasons.items():
+            entry = counted.setdefault(reason, {"count": 0, "first": []})
+            entry["count"] += len(keys)
+            entry["first"] = [*entry["first"], *keys][:_NAMED]
+    return counted
 
 
 class _Writer:
@@ -119,7 +131,7 @@ class _Writer:
         if self._sizes:
             file = io.BytesIO()
             np.save(file, np.array(self._sizes, np.uint32))
-            array_records.write_bytes(self._folder / (self._name + SIZES), file.getvalue())
+            array_records.write_bytes(self._folder / (self._name + array_records.SIZES), file.getvalue())
         return self._shard.finish()
 
 

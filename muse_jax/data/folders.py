@@ -186,6 +186,13 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def named_splits(scanned: Scan, train_name: str = "train", eval_name: str = "test") -> tuple[str, ...]:
+    """The two names, if they are those of sub-folders which are the splits; else ()."""
+    names = (train_name, eval_name)
+    tops = {key.partition("/")[0] for key in scanned.keys if "/" in key}
+    return names if tops.issuperset(names) and train_name != eval_name else ()
+
+
 def split_positions(scanned: Scan, split: str, train_name: str = "train", eval_name: str = "test") -> tuple[int, ...]:
     """Positions (in `scanned.keys`) of the pictures of one split.
 
@@ -197,8 +204,7 @@ def split_positions(scanned: Scan, split: str, train_name: str = "train", eval_n
       split: "train" or "eval".
     """
     positions = range(len(scanned.keys))
-    tops = {key.partition("/")[0] for key in scanned.keys if "/" in key}
-    if {train_name, eval_name} <= tops and train_name != eval_name:
+    if named_splits(scanned, train_name, eval_name):
         name = eval_name if split == "eval" else train_name
         return tuple(i for i in positions if scanned.keys[i].startswith(f"{name}/"))
     if len(positions) == 1:

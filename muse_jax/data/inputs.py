@@ -7,12 +7,14 @@ comes out as a `Skipped`, with the reason.
 
 import dataclasses
 import functools
-import io
+import glob
+import hashlib
+import itertools
 import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
@@ -22,6 +24,7 @@ Piece = Mapping[str, Any]
 
 NO_PICTURE = "no picture"
 _BLOCK = 512  # bytes of a tar's header; two empty ones end it
+_CHUNK = 2**16  # bytes read at a time behind its last member
 _JSON_CAPTION = "caption"  # in the .json beside a picture, as img2dataset writes it
 
 
@@ -31,13 +34,15 @@ class Sample(NamedTuple):
     key: str
     image: bytes
     text: str | tuple[str, ...]
+    split: str = ""  # "train" or "test" where the input says it; else the key's hash does
 
 
 class Skipped(NamedTuple):
-    """A sample that can't be used."""
+    """A sample that can't be used; or, where it is no `sample`, what else was lost or passed over."""
 
     key: str
     reason: str
+    sample: bool = True
 
 
 class InputError(ValueError):
@@ -59,44 +64,39 @@ class WebDataset:
 
     def pieces(self) -> list[Piece]:
         """The tars."""
-        return [
-            {"path": path, "bytes": epath.Path(path).stat().length} for path in _matching(self.path, ".tar", "tars")
-        ]
+        return [_file_piece(path) for path in _matching(self.path, ".tar", "tars")]
 
     def samples(self, piece: Piece) -> Samples:
         """The samples of a tar; of a damaged one those before the damage."""
-        name = os.path.basename(piece["path"])
-        if not _ends_well(piece["path"]):
-            yield Skipped(name, "tar without an end: what followed is lost")
+        fault = ""
         try:
             with epath.Path(piece["path"]).open("rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
                 yield from self._grouped(tar)
+                fault = _fault_at_end(file, tar.offset)
         except (tarfile.TarError, EOFError, OSError) as error:
-            yield Skipped(name, f"damaged tar ({type(error).__name__}): what followed is lost")
+            fault = f"damaged tar ({type(error).__name__})"
+        if fault:
+            yield Skipped(os.path.basename(piece["path"]), f"{fault}: what followed is lost", sample=False)
 
     def _grouped(self, tar: tarfile.TarFile) -> Samples:
         seen: set[str] = set()
-        key, files = "", {}
-        for member in tar:
-            folder, name = os.path.split(member.name)
-            stem, _, extension = name.partition(".")
-            if member.isdir() or not stem:
-                continue
-            found = os.path.join(folder, stem)
-            if found != key:
-                if files:
-                    yield self._sample(key, files)
-                key, files = found, {}
-                if key in seen:
-                    yield Skipped(key, "key a second time in its tar")
-                seen.add(key)
-            if not member.isreg() or member.size > transforms.MAX_BYTES:
-                what = "file too large" if member.isreg() else "not a regular file"
-                yield Skipped(member.name, what)
-            else:
-                files[f".{extension.lower()}"] = tar.extractfile(member).read()
-        if files:
-            yield self._sample(key, files)
+        for key, members in itertools.groupby(filter(_key, tar), _key):
+            first, again = key not in seen, key in seen
+            seen.add(key)
+            files: dict[str, bytes] = {}
+            for member in members:
+                extension = "." + os.path.basename(member.name).partition(".")[2].lower()
+                if not member.isreg() or member.size > transforms.MAX_BYTES:
+                    what = "file too large" if member.isreg() else "not a regular file"
+                    yield Skipped(member.name, what, sample=False)
+                elif extension in files:
+                    again = True
+                elif first:
+                    files[extension] = tar.extractfile(member).read()
+            if first:
+                yield self._sample(key, files)
+            if again:
+                yield Skipped(key, "key a second time in its tar")
 
     def _sample(self, key: str, files: Mapping[str, bytes]) -> Sample | Skipped:
         pictures = [extension for extension in files if extension in folders.EXTENSIONS]
@@ -114,7 +114,10 @@ class WebDataset:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A folder of captioned pictures, as the data source "folder" reads it."""
+    """A folder of captioned pictures, as the data source "folder" reads it.
+
+    Where it has the sub-folders train and test, they are the splits, and other pictures are in none.
+    """
 
     path: str
     text_key: str = ""
@@ -122,25 +125,35 @@ class Folder:
     per_shard: int = 10_000
 
     def pieces(self) -> list[Piece]:
-        """Ranges of the usable pictures, and first what of the folder is not usable."""
+        """Ranges of the usable pictures; what is not usable comes with the first."""
+        _scanned.cache_clear()  # the folder may have changed since
         found = _scanned(self.path, self.text_key, self.needs_text)
+        stops = [min(start + self.per_shard, len(found.keys)) for start in range(0, len(found.keys), self.per_shard)]
+        starts = [0, *stops[:-1]]
         return [
-            {"start": start, "stop": min(start + self.per_shard, len(found.keys)), "first": found.keys[start]}
-            for start in range(0, len(found.keys), self.per_shard)
+            {"start": start, "stop": stop, "first": found.keys[start], "digest": _digest(found, start, stop)}
+            for start, stop in zip(starts, stops, strict=True)
         ]
 
     def samples(self, piece: Piece) -> Samples:
-        """The pictures of a range; with the first range, what the scan skipped."""
+        """The pictures of a range; with the first range, what the scan skipped and noted."""
         found = _scanned(self.path, self.text_key, self.needs_text)
-        if piece["stop"] > len(found.keys) or found.keys[piece["start"]] != piece["first"]:
+        if _digest(found, piece["start"], piece["stop"]) != piece["digest"]:
             raise InputError(f"{self.path} changed while it was converted; start again with another --out.")
         if piece["start"] == 0:
             yield from (Skipped(key, reason) for reason, keys in found.skipped.items() for key in keys)
+            notes = (folders.printable(note).removesuffix(".") for note in found.notes)
+            yield from (Skipped(self.path, note, sample=False) for note in notes)
+        splits = folders.named_splits(found)
         for position in range(piece["start"], piece["stop"]):
             key = found.keys[position]
+            split = key.partition("/")[0] if splits else ""
+            if split not in ("", *splits):
+                yield Skipped(key, f"in none of the splits' folders ({', '.join(splits)})")
+                continue
             try:
                 with open(os.path.join(found.root, key), "rb") as file:
-                    yield Sample(key, file.read(), found.captions[position])
+                    yield Sample(key, file.read(), found.captions[position], split)
             except OSError as error:
                 yield Skipped(key, f"cannot be opened ({error.strerror})")
 
@@ -165,26 +178,26 @@ class Parquet:
         paths = _matching(self.path, ".parquet", "Parquet files")
         try:
             with epath.Path(paths[0]).open("rb") as file:
-                self._check(paths[0], pq.read_schema(file))
-        except (pa.ArrowException, OSError) as error:
+                self._check(pq.read_schema(file))
+        except (pa.ArrowException, OSError, InputError) as error:
             raise InputError(f"{paths[0]} cannot be read: {error}") from error
-        return [{"path": path, "bytes": epath.Path(path).stat().length} for path in paths]
+        return [_file_piece(path) for path in paths]
 
-    def _check(self, path: str, schema: Any) -> None:
+    def _check(self, schema: Any) -> None:
         import pyarrow as pa
 
         listed = "It has " + ", ".join(f"{field.name} ({field.type})" for field in schema) + "."
         for flag, key in (("image_key", self.image_key), ("text_key", self.text_key)):
             if key not in schema.names:
-                raise InputError(f"{path} has no column {key!r}; set --{flag}. {listed}")
-        image, text = schema.field(self.image_key).type, schema.field(self.text_key).type
+                raise InputError(f"no column {key!r}; set --{flag}. {listed}")
+        image, text = (_stored(schema.field(key).type) for key in (self.image_key, self.text_key))
         if pa.types.is_struct(image):
             image = image.field("bytes").type if image.get_field_index("bytes") >= 0 else None
         if image is None or not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
-            raise InputError(f"{path}: column {self.image_key!r} is no picture's bytes; set --image_key. {listed}")
-        text = text.value_type if pa.types.is_list(text) or pa.types.is_large_list(text) else text
+            raise InputError(f"column {self.image_key!r} is no picture's bytes; set --image_key. {listed}")
+        text = _stored(text.value_type) if pa.types.is_list(text) or pa.types.is_large_list(text) else text
         if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
-            raise InputError(f"{path}: column {self.text_key!r} is no text; set --text_key. {listed}")
+            raise InputError(f"column {self.text_key!r} is no text; set --text_key. {listed}")
 
     def samples(self, piece: Piece) -> Samples:
         """The rows of a file, a few at a time; of a damaged one those before the damage."""
@@ -196,13 +209,16 @@ class Parquet:
         try:
             with epath.Path(piece["path"]).open("rb") as file:
                 table = pq.ParquetFile(file)
-                self._check(name, table.schema_arrow)
+                self._check(table.schema_arrow)
                 for batch in table.iter_batches(64, columns=[self.image_key, self.text_key]):
                     for values in batch.to_pylist():
                         yield self._sample(f"{name}:{row}", values)
                         row += 1
-        except (pa.ArrowException, OSError, UnicodeDecodeError, InputError) as error:
-            yield Skipped(name, f"damaged file after {row} rows ({type(error).__name__}): the rest is lost")
+        except InputError as error:
+            yield Skipped(name, f"file not read: {error}", sample=False)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = f"damaged file after {row} rows ({type(error).__name__}): the rest is lost"
+            yield Skipped(name, reason, sample=False)
 
     def _sample(self, key: str, values: Mapping[str, Any]) -> Sample | Skipped:
         image = values[self.image_key]
@@ -238,6 +254,13 @@ class TFDS:
           InputError: if there is no such split, or no such feature; lists what there is.
         """
         builder = self._builder()
+        if not builder.info.splits:
+            flag = f" --data_dir={self.path}" if self.path else ""
+            raise InputError(
+                f"{self.dataset} is not prepared in {builder.data_dir}; prepare it with "
+                f"`tfds build {self.dataset}{flag}`, or in Python with tfds.builder(...).download_and_prepare(), "
+                "or set --path to the data_dir that has it."
+            )
         if self.split not in builder.info.splits:
             raise InputError(f"{self.dataset} has no split {self.split!r}, but {', '.join(builder.info.splits)}.")
         try:
@@ -270,6 +293,13 @@ class TFDS:
             yield Sample(f"{self.split}:{number}", example[self.image_key], _texts(_captions(text, values)))
 
 
+def _stored(kind: Any) -> Any:
+    """The type of a Parquet column's values; those of a dictionary (a categorical of pandas) are the dictionary's."""
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
 def _captions(feature: Any, value: Any) -> Any:
     if feature is None:
         return ""
@@ -284,27 +314,58 @@ def _matching(pattern: str, ending: str, what: str) -> list[str]:
     Raises:
       InputError: if there are none.
     """
-    path = epath.Path(os.path.expanduser(pattern))
+    given = os.path.expanduser(pattern)
+    path = epath.Path(given)
     if path.is_dir():
         visible = (file for file in path.iterdir() if not file.name.startswith("."))
         found = [file for file in visible if file.name.endswith(ending)]
     elif path.exists():
         found = [path]
-    else:
+    elif _remote(given):
         found = list(path.parent.glob(path.name)) if path.parent.exists() else []
-    if not found:
-        raise InputError(f"--path {pattern!r} names no {what}; expected a folder of *{ending}, or a pattern.")
-    return sorted(map(os.fspath, found))
+    else:
+        found = glob.glob(given, recursive=True)
+    files = [file for file in map(os.fspath, found) if _remote(file) or os.path.isfile(file)]
+    if not files:
+        braces = " Braces are not read: write * in their place." if "{" in pattern else ""
+        raise InputError(
+            f"--path {pattern!r} names no {what}; expected a folder of *{ending}, or a pattern with *, ? or **.{braces}"
+        )
+    return sorted(files)
 
 
-def _ends_well(path: str) -> bool:
-    """Whether a tar has its end mark; one that was cut between two files reads as if it were whole."""
-    with epath.Path(path).open("rb") as file:
-        size = file.seek(0, io.SEEK_END)
-        if size < 2 * _BLOCK:
-            return False
-        file.seek(size - 2 * _BLOCK)
-        return not any(file.read(2 * _BLOCK))
+def _remote(path: str) -> bool:
+    return "://" in path
+
+
+def _file_piece(path: str) -> Piece:
+    """A file, and what changes when another one takes its place."""
+    if _remote(path):
+        status = epath.Path(path).stat()
+        return {"path": path, "bytes": status.length, "mtime": status.mtime}
+    status = os.stat(path)
+    return {"path": path, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _key(member: tarfile.TarInfo) -> str:
+    """What the files of a sample have in common; "" for what is none of a sample."""
+    folder, name = os.path.split(member.name)
+    stem = name.partition(".")[0]
+    return os.path.join(folder, stem) if stem and not member.isdir() else ""
+
+
+def _fault_at_end(file: BinaryIO, end: int) -> str:
+    """What is wrong behind a tar's last member: only zeros may follow, at least two blocks of them.
+
+    tarfile takes a damaged header for the end, and one that was cut off between two files for a whole tar.
+    """
+    file.seek(end)
+    zeros = 0
+    while data := file.read(_CHUNK):
+        if any(data):
+            return "damaged tar"
+        zeros += len(data)
+    return "" if zeros >= 2 * _BLOCK else "tar without an end"
 
 
 def _json(data: bytes) -> Mapping[str, Any]:
@@ -328,6 +389,12 @@ def _scanned(path: str, text_key: str, needs_text: bool) -> folders.Scan:
         return folders.scan(path, text_key=text_key or "text", needs_text=needs_text)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(str(error).replace("data.path", "--path")) from error
+
+
+def _digest(found: folders.Scan, start: int, stop: int) -> str:
+    """Changes with any key, size or caption of a range."""
+    parts = (found.keys[start:stop], found.sizes[start:stop], found.captions[start:stop])
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 FORMATS = {"webdataset": WebDataset, "folder": Folder, "parquet": Parquet, "tfds": TFDS}

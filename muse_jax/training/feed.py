@@ -16,7 +16,7 @@ _POLL = 0.1  # seconds between looks at the signals while there is no batch
 
 
 class DataError(RuntimeError):
-    """The batches ended, or a batch isn't like the others."""
+    """The data can't be opened, the batches ended, or a batch isn't like the others."""
 
 
 class Feed:

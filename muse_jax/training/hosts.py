@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -48,8 +49,9 @@ def start(
       heartbeat_seconds: after which a silent process counts as dead, by half a minute later at the latest.
 
     Raises:
-      ValueError: if some of the three are given and not all.
-      HostError: if the others can't be joined.
+      ValueError: if some of the three are given and not all, or can't be.
+      HostError: if the others can't be joined. If one does not come in time this process is ended, with exit code 1
+        and a message: jax would abort it without one.
     """
     given = {"coordinator": coordinator, "num_processes": processes, "process_id": process}
     missing = [name for name, value in given.items() if value is None]
@@ -57,22 +59,48 @@ def start(
         return
     if 0 < len(missing) < 3:
         raise ValueError(f"{', '.join(sorted(set(given) - set(missing)))} given without {', '.join(missing)}.")
-    if not missing and not 0 <= process < processes:
-        raise ValueError(f"process_id is {process}; expected 0 to {processes - 1}.")
+    if not missing:
+        _check(coordinator, processes, process)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    who = "this TPU slice" if missing else f"process {process} of {processes}, coordinator {coordinator}"
+    late = threading.Timer(join_seconds, _nobody_came, (who, join_seconds))
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             coordinator,
             processes,
             process,
-            initialization_timeout=int(join_seconds),
+            initialization_timeout=int(join_seconds) + 60,  # beyond ours
             # The watchdog is to be sooner: it can say more.
             heartbeat_timeout_seconds=int(heartbeat_seconds) + 30,
             shutdown_timeout_seconds=int(heartbeat_seconds) + 30,
         )
     except RuntimeError as error:
-        who = f"process {process} of {processes}, coordinator {coordinator}" if not missing else "this TPU slice"
         raise HostError(f"the processes of this run could not be joined ({who}): {_first_line(error)}") from error
+    finally:
+        late.cancel()
+
+
+def _nobody_came(who: str, seconds: float) -> None:
+    print(
+        f"HostError: the processes of this run did not all come within {seconds:g} s ({who}). Is each of them started, "
+        "with the same coordinator and number of processes, and can their machines reach each other? deadlines.start "
+        "sets how long to wait.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # the main thread waits in jax, which nothing can interrupt
+
+
+def _check(coordinator: str, processes: int, process: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"coordinator is {coordinator!r}; expected host:port, as in 10.0.0.1:8476.")
+    if processes < 1:
+        raise ValueError(f"num_processes is {processes}; expected at least 1.")
+    if not 0 <= process < processes:
+        raise ValueError(f"process_id is {process}; expected 0 to {processes - 1}.")
 
 
 def on_tpu_slice(environment: Mapping[str, str]) -> bool:

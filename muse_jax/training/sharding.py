@@ -25,7 +25,7 @@ LAYERS = "layers"  # the logical name of the axis of stacked layers
 Rules = Mapping[str, Any]
 
 
-def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) over the devices, or over the first of them if it is smaller.
 
     The axes are of type Auto: under Explicit, the default of `jax.make_mesh`, Flax's Dense fails
@@ -49,17 +49,26 @@ def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Me
             f"mesh {dict(zip(AXES, sizes, strict=True))} needs {count} devices, but {len(devices)} are present; "
             "lower mesh.data, mesh.fsdp or mesh.tensor, or set one of them to -1."
         )
-    auto = (AxisType.Auto,) * len(AXES)
-    if spec.slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices[:count])
-    if sizes[0] % spec.slices:
-        raise SpecError(f"mesh.data {sizes[0]} is not a multiple of mesh.slices {spec.slices}; change one of them.")
+    return Mesh(_grid(sizes, spec.slices, devices[:count]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array [data, fsdp, tensor] in which neighbours are near on the chips' torus.
+
+    An axis of the torus may be split over two of the mesh, which `jax.make_mesh` refuses on most TPUs: of v6e:16x16
+    a mesh of 4x64 could not be made.
+    """
     from jax.experimental import mesh_utils
 
-    grid = mesh_utils.create_hybrid_device_mesh(
-        (sizes[0] // spec.slices, *sizes[1:]), (spec.slices, 1, 1), devices=devices[:count]
-    )
-    return Mesh(grid, AXES, axis_types=auto)
+    present = {getattr(device, "slice_index", 0) for device in devices}
+    if len(present) > 1 and slices == 1:
+        raise SpecError(f"mesh.slices is 1, but the devices are of {len(present)} slices; set mesh.slices to that.")
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise SpecError(f"mesh.data {sizes[0]} is not a multiple of mesh.slices {slices}; change one of them.")
+    within = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices, allow_split_physical_axes=True)
 
 
 @contextlib.contextmanager

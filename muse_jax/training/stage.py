@@ -173,7 +173,7 @@ def read_description(path: Any) -> tuple[specs.Spec, dict[str, Any] | None]:
     config = _read_json(folder / CONFIG)
     vocabulary = _read_json(folder / VOCABULARY) if (folder / VOCABULARY).exists() else None
     try:
-        return specs.from_config(config), vocabulary
+        return specs.from_stored(config), vocabulary
     except specs.SpecError as error:
         raise StageError(f"{folder / CONFIG} doesn't fit this version of muse_jax: {error}") from error
 

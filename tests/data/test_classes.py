@@ -1,13 +1,16 @@
 """Labels and the names of classes, from every kind of data."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from muse_jax import data
-from muse_jax.data import scenes
+from muse_jax.data import array_records, scenes
 from muse_jax.evaluation import prompts
-from muse_jax.specs import DataSpec
+from muse_jax.specs import DataSpec, SpecError
 
 SCENES = DataSpec(name="scenes", image_size=32, vocabulary="classes")
 
@@ -74,3 +77,16 @@ def test_a_folder_without_classes_is_refused(tmp_path):
 def test_names_of_random_pictures():
     spec = DataSpec(name="synthetic", image_size=8, vocabulary="classes")
     assert len(data.make_vocabulary(spec).names) == 1000
+
+
+def test_data_without_classes_are_refused(tmp_path):
+    folder = epath.Path(tmp_path)
+    with array_records.ShardWriter(folder, "train.array_record") as writer:
+        writer.write(array_records.pack({"image": b"", "text": "a"}))
+        shard = dataclasses.asdict(writer.finish())
+    array_records.write_manifest(folder, "pictures", [{"shards": {"train": shard}}])
+    records = DataSpec(name="array_record", path=str(tmp_path), image_size=8, vocabulary="classes")
+    sources = {"drawn": {"name": "scenes", "weight": 1}}
+    for spec in (records, DataSpec(name="mixture", sources=sources, image_size=8, vocabulary="classes")):
+        with pytest.raises(SpecError, match=f"{spec.name!r} has no classes; use 'folder' or 'tfds'"):
+            data.make_vocabulary(spec)

@@ -4,7 +4,9 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import tarfile
+import types
 
 import numpy as np
 import pytest
@@ -59,8 +61,8 @@ def job(source, out, **changes):
 def run(job):
     """The work without Beam: pieces one after the other."""
     folder, pieces = epath.Path(job.out), job.source.pieces()
-    array_records.begin(folder, job.plan(pieces))
-    job.write_manifest([job.convert(number, len(pieces), piece) for number, piece in enumerate(pieces)])
+    if not array_records.begin(folder, job.plan(pieces)):
+        job.write_manifest([job.convert(number, len(pieces), piece) for number, piece in enumerate(pieces)])
     return json.loads((folder / array_records.MANIFEST).read_text())
 
 
@@ -155,17 +157,69 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path):
         "not a readable picture": (1, ["000000004"]),
         "broken pixel data": (1, ["000000005"]),
         "key a second time in its tar": (1, ["000000006"]),
-        "no picture": (2, ["000000006", "000000008"]),
-        "not a regular file": (1, ["000000008.jpg"]),
+        "no picture": (1, ["000000008"]),
         "several pictures of one key": (1, ["000000009"]),
         "aspect ratio above 3": (1, ["000000010"]),
         "shorter side below 10 pixels": (1, ["000000011"]),
     }
+    assert found["notes"] == {"not a regular file": {"count": 1, "first": ["000000008.jpg"]}}
+    assert found["samples"] == 14
     kept = {"picture 0", "picture 6", "picture 7", "\ufffd kept, but nowhere written"}
     roles = {"train": "train", "test": "eval"}
     captions = [data.make_source(spec_of(tmp_path / "out"), roles[split]).captions() for split in found["splits"]]
     assert set(itertools.chain.from_iterable(captions)) == kept
     assert sum(split["records"] for split in found["splits"].values()) == len(kept)
+    assert found["samples"] == len(kept) + sum(entry["count"] for entry in found["skipped"].values())
+
+
+def test_of_samples_with_one_key_the_first_is_kept_and_the_second_counted_as_skipped(tmp_path):
+    def named(key, *files):
+        return [(f"{key}.{ending}", content) for ending, content in files]
+
+    first, second = ("png", picture(0)), ("png", picture(50))
+    one, other = ("txt", b"first"), ("txt", b"second")
+    write_tar(
+        tmp_path / "twice.tar",
+        [
+            *named("0", first, one, second, other),  # one after the other
+            *named("1", first, second, one, other),  # by extension
+            *named("2", first, one),
+            *named("3", first, one),
+            *named("2", second, other),
+        ],
+    )
+    found = run(job(inputs.WebDataset(str(tmp_path / "twice.tar")), tmp_path / "out", eval_share=0.0))
+    assert found["samples"] == 7
+    assert found["splits"]["train"]["records"] == 4
+    assert found["skipped"] == {"key a second time in its tar": {"count": 3, "first": ["0", "1", "2"]}}
+    source = data.make_source(spec_of(tmp_path / "out"))
+    assert list(source.captions()) == ["first"] * 4
+    assert all(tuple(source[index]["image"][8, 8]) == colour(0) for index in range(4))
+
+
+def damaged_in_the_middle(whole, how):
+    """A tar's bytes with damage at the header of its second sample's picture, or followed by itself."""
+    at = whole.index(b"000000001.png")
+    end = {"overwritten": b"\x7f", "zeroed": b"\0"}
+    return whole + whole if how == "doubled" else whole[:at] + 512 * end[how] + whole[at + 512 :]
+
+
+@pytest.mark.parametrize(("how", "kept"), [("overwritten", 1), ("zeroed", 1), ("doubled", 3)])
+def test_a_tar_that_seems_to_end_too_early_is_named(tmp_path, how, kept):
+    write_tar(tmp_path / "a.tar", [*members_of(0), *members_of(1), *members_of(2)])
+    (tmp_path / "a.tar").write_bytes(damaged_in_the_middle((tmp_path / "a.tar").read_bytes(), how))
+    found = run(job(inputs.WebDataset(str(tmp_path)), tmp_path / "out", eval_share=0.0))
+    assert found["splits"]["train"]["records"] == found["samples"] == kept
+    assert found["notes"] == {"damaged tar: what followed is lost": {"count": 1, "first": ["a.tar"]}}
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar at all" * 100])
+def test_a_file_that_is_no_tar_is_noted_once_and_is_no_sample(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    found = run(job(inputs.WebDataset(str(tmp_path)), tmp_path / "out"))
+    assert found["samples"] == 0
+    assert found["skipped"] == {}
+    assert found["notes"] == {"damaged tar (ReadError): what followed is lost": {"count": 1, "first": ["a.tar"]}}
 
 
 @pytest.mark.parametrize("cut", [512, 1024, 1536, 2048, 2600, 3072, 4000])
@@ -174,8 +228,7 @@ def test_a_truncated_tar_ends_where_it_is_cut_and_says_so(tmp_path, cut):
     (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:cut])
     found = list(inputs.WebDataset("").samples({"path": str(tmp_path / "cut.tar")}))
     lost = [one for one in found if isinstance(one, inputs.Skipped) and "lost" in one.reason]
-    assert lost
-    assert all(one.key == "cut.tar" for one in lost)
+    assert [one.key for one in lost] == ["cut.tar"]
     whole = list(inputs.WebDataset("").samples({"path": str(tmp_path / "whole.tar")}))
     assert len(whole) == 3
     assert not any(isinstance(one, inputs.Skipped) for one in whole)
@@ -201,6 +254,63 @@ def test_a_folder_gives_the_examples_and_splits_that_it_gives_itself(tmp_path):
     assert everything(tmp_path / "out") == {f"picture {i}": colour(i) for i in range(30)}
 
 
+def captioned(folder, count, caption="picture {}"):
+    """Pictures with captions beside them, as a folder."""
+    folder.mkdir(parents=True)
+    for index in range(count):
+        (folder / f"{index}.png").write_bytes(picture(index))
+        (folder / f"{index}.txt").write_text(caption.format(index))
+
+
+def test_a_folders_own_splits_are_kept(tmp_path):
+    for name, count in (("train", 12), ("test", 5), ("val", 2)):
+        captioned(tmp_path / "pictures" / name, count, caption=name + " {}")
+    found = run(job(inputs.Folder(str(tmp_path / "pictures"), per_shard=4), tmp_path / "out", eval_share=0.5))
+    assert {split: entry["records"] for split, entry in found["splits"].items()} == {"train": 12, "test": 5}
+    assert found["skipped"] == {
+        "in none of the splits' folders (train, test)": {"count": 2, "first": ["val/0.png", "val/1.png"]}
+    }
+    assert found["samples"] == 19
+    for split, name in (("train", "train"), ("eval", "test")):
+        captions = data.make_source(spec_of(tmp_path / "out"), split).captions()
+        assert {caption.split()[0] for caption in captions} == {name}
+
+
+def test_rows_of_metadata_that_name_nothing_are_noted(tmp_path):
+    captioned(tmp_path / "pictures", 3)
+    rows = [dumps({"file_name": "gone.png", "text": "not there"}), b"not json"]
+    (tmp_path / "pictures/metadata.jsonl").write_bytes(b"\n".join(rows))
+    found = run(job(inputs.Folder(str(tmp_path / "pictures")), tmp_path / "out"))
+    assert found["samples"] == 3
+    assert found["skipped"] == {}
+    notes = " ".join(found["notes"])
+    assert "metadata.jsonl: 1 rows name files that are not there (gone.png" in notes
+    assert "metadata.jsonl: 1 rows without file_name and text" in notes
+
+
+def test_a_source_that_changed_is_refused_when_the_command_is_started_again(tars, tmp_path):
+    pictures = tmp_path / "pictures"
+    captioned(pictures, 3)
+    from_tars = job(inputs.WebDataset(str(tars)), tmp_path / "from_tars")
+    from_folder = job(inputs.Folder(str(pictures)), tmp_path / "from_folder")
+    for work in (from_tars, from_folder):
+        run(work)
+    before = (tars / "00001.tar").read_bytes()
+    (tars / "00001.tar").write_bytes(before.replace(b"picture 8", b"picture X"))
+    os.utime(tars / "00001.tar", ns=(1, 1))
+    with pytest.raises(ValueError, match=r"what is converted has changed: pieces\[1\] was .*00001\.tar.* --out"):
+        run(from_tars)
+    (pictures / "2.txt").write_text("corrected")
+    with pytest.raises(ValueError, match="what is converted has changed: .*digest.* --out"):
+        run(from_folder)
+    (pictures / "2.txt").write_text("picture 2")
+    run(from_folder)
+    (pictures / "2.png").rename(pictures / "3.png")
+    (pictures / "2.txt").rename(pictures / "3.txt")
+    with pytest.raises(ValueError, match="what is converted has changed"):
+        run(from_folder)
+
+
 def test_parquet_shards(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"image": {"bytes": picture(i), "path": None}, "text": [f"picture {i}", f"again {i}"]} for i in range(5)]
@@ -215,12 +325,29 @@ def test_parquet_shards(tmp_path):
     for wrong in ({"image_key": "photo"}, {"text_key": "image"}, {"image_key": "text"}):
         with pytest.raises(inputs.InputError, match=r"image \(struct"):
             inputs.Parquet(str(tmp_path), **wrong).pieces()
+    pq.write_table(pa.Table.from_pylist([{"image": picture(0), "words": "one"}]), tmp_path / "b-00000.parquet")
+    other = list(inputs.Parquet("").samples({"path": str(tmp_path / "b-00000.parquet")}))
+    assert other == [
+        inputs.Skipped(
+            "b-00000.parquet",
+            "file not read: no column 'text'; set --text_key. It has image (binary), words (string).",
+            sample=False,
+        )
+    ]
     damaged = bytearray((tmp_path / "a-00000.parquet").read_bytes())
     damaged[30:400] = bytes(370)
     (tmp_path / "a-00000.parquet").write_bytes(damaged)
     samples = list(inputs.Parquet("").samples({"path": str(tmp_path / "a-00000.parquet")}))
     assert isinstance(samples[-1], inputs.Skipped)
     assert len(samples) < 6
+
+
+def test_parquet_categoricals_are_texts(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pa.array(["red", "green", "red"]).dictionary_encode()
+    pq.write_table(pa.table({"image": [picture(i) for i in range(3)], "text": texts}), tmp_path / "a.parquet")
+    run(job(inputs.Parquet(str(tmp_path)), tmp_path / "out", eval_share=0.0))
+    assert list(data.make_source(spec_of(tmp_path / "out")).captions()) == ["red", "green", "red"]
 
 
 def test_filters_at_reading(tmp_path):
@@ -267,6 +394,109 @@ def test_what_was_done_is_not_done_again(tars, tmp_path, monkeypatch):
         run(dataclasses.replace(work, min_side=9))
 
 
+@pytest.mark.parametrize("also", [[], ["manifest.json"]])
+@pytest.mark.parametrize("name", ["train-00001-of-00003.array_record", "train-00001-of-00003.array_record.sizes.npy"])
+def test_a_shard_that_is_gone_is_made_again_and_no_other(tars, tmp_path, name, also):
+    out = tmp_path / "out"
+    work = job(inputs.WebDataset(str(tars)), out, eval_share=0.0)
+    whole = run(work)
+    written = {path: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
+    for gone in (name, *also):
+        (out / gone).unlink()
+    assert run(work) == whole
+    assert everything_trained_on(out) == {f"picture {i}" for i in range(24)}
+    again = [path.name for path, then in written.items() if path.stat().st_mtime_ns != then]
+    assert again == ["train-00001-of-00003.array_record"]
+
+
+def everything_trained_on(out):
+    source = data.make_source(spec_of(out, min_side=5))
+    return {source[index]["text"] for index in range(len(source))}
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("train-00000-of-00002.array_record", "train-00000-of-00002.array_record"),
+        ("test-00000-of-00002.array_record.sizes.npy", "test-00000"),
+        (".draft-novel/ch1.txt", ".draft-novel"),
+        ("parts/second.txt", "parts"),
+        ("manifest.json", "manifest.json"),
+    ],
+)
+def test_a_folder_that_something_else_made_is_left_as_it_is(tars, tmp_path, name, found):
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    before = sorted((tmp_path / "out").rglob("*"))
+    with pytest.raises(ValueError, match=rf"out has {found}.* but no plan\.json.*choose another --out"):
+        run(job(inputs.WebDataset(str(tars)), tmp_path / "out"))
+    assert sorted((tmp_path / "out").rglob("*")) == before
+    assert mine.read_text() == "mine"
+
+
+def test_a_folder_with_other_files_is_begun_beside_them(tars, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/README.md").write_text("mine")
+    run(job(inputs.WebDataset(str(tars)), tmp_path / "out"))
+    assert (tmp_path / "out/README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["plan.json", "parts/00001.json"])
+@pytest.mark.parametrize("content", ["my plan", "[1, 2]", "{}", '{"version": 1, "shards": {"train": {"a": 1}}}'])
+def test_a_damaged_plan_or_part_is_named(tars, tmp_path, name, content):
+    out = tmp_path / "out"
+    work = job(inputs.WebDataset(str(tars)), out)
+    run(work)
+    (out / "manifest.json").unlink()
+    (out / name).write_text(content)
+    with pytest.raises(ValueError, match=r"plan\.json|parts/00001\.json|begun with something else") as error:
+        run(work)
+    assert "another --out" in str(error.value)
+
+
+def damaged(path, *places):
+    """Overwrites bytes of a file, which keeps its size."""
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[place] = bytes(byte ^ 255 for byte in content[place])
+    path.write_bytes(content)
+
+
+def test_a_shard_without_a_readable_index_is_an_error_that_names_it(tars, tmp_path):
+    out = tmp_path / "out"
+    run(job(inputs.WebDataset(str(tars)), out, eval_share=0.0))
+    damaged(out / "train-00001-of-00003.array_record", slice(0, None))
+    source = data.make_source(spec_of(out))
+    assert source[0]["text"] == "picture 0"
+    for read in (lambda: source[8], lambda: list(source.captions())):
+        with pytest.raises(ValueError, match=r"train-00001-of-00003\.array_record is damaged.*remove it, and start"):
+            read()
+
+
+def test_a_damaged_record_is_said_to_be_of_its_shard(tars, tmp_path, caplog):
+    out = tmp_path / "out"
+    run(job(inputs.WebDataset(str(tars)), out, eval_share=0.0))
+    damaged(out / "train-00001-of-00003.array_record", slice(200, 210))  # within its first record
+    source = data.make_source(spec_of(out))
+    assert source[8]["text"] != "picture 8"
+    assert source[9]["text"] == "picture 9"
+    assert "train-00001-of-00003.array_record" in caplog.text
+    with pytest.raises(ValueError, match=r"train-00001-of-00003\.array_record"):
+        list(source.captions())
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no array"])
+def test_sizes_that_are_gone_or_damaged_are_named_where_they_are_needed(tars, tmp_path, content):
+    out = tmp_path / "out"
+    run(job(inputs.WebDataset(str(tars)), out, eval_share=0.0))
+    sizes = out / "train-00001-of-00003.array_record.sizes.npy"
+    sizes.unlink() if content is None else sizes.write_bytes(content)
+    assert len(data.make_source(spec_of(out))) == 24
+    with pytest.raises(ValueError, match=r"train-00001.*\.sizes\.npy has .* start muse_jax\.convert"):
+        data.make_source(spec_of(out, min_side=8))
+
+
 @pytest.mark.slow
 def test_loading_processes_read_the_same(tars, tmp_path):
     run(job(inputs.WebDataset(str(tars)), tmp_path / "out", eval_share=0.0))
@@ -279,6 +509,26 @@ def test_loading_processes_read_the_same(tars, tmp_path):
     for one, other in zip(*found, strict=True):
         for key in one:
             np.testing.assert_array_equal(one[key], other[key])
+
+
+@pytest.mark.parametrize("pattern", ["*.tar", "*/*.tar", "**/*.tar", "b/[0-1].tar"])
+def test_patterns_of_local_paths(tmp_path, pattern):
+    (tmp_path / "b").mkdir()
+    for name in ("a.tar", "b/0.tar"):
+        write_tar(tmp_path / name, members_of(0))
+    (tmp_path / "folder.tar").mkdir()
+    found = {piece["path"] for piece in inputs.WebDataset(str(tmp_path / pattern)).pieces()}
+    expected = {"*.tar": ["a.tar"], "**/*.tar": ["a.tar", "b/0.tar"]}.get(pattern, ["b/0.tar"])
+    assert found == {str(tmp_path / name) for name in expected}
+    with pytest.raises(inputs.InputError, match=r"Braces are not read"):
+        inputs.WebDataset(str(tmp_path / "{00000..00001}.tar")).pieces()
+
+
+def test_a_tfds_data_set_that_is_not_prepared_is_named(tmp_path, monkeypatch):
+    builder = types.SimpleNamespace(info=types.SimpleNamespace(splits={}), data_dir=tmp_path / "pets/1.0.0")
+    monkeypatch.setattr(inputs.TFDS, "_builder", lambda source: builder)
+    with pytest.raises(inputs.InputError, match=r"pets is not prepared in .*1\.0\.0; .*tfds build pets --data_dir"):
+        inputs.TFDS("pets", path=str(tmp_path)).pieces()
 
 
 def test_wrong_inputs_are_named(tmp_path):

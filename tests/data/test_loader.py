@@ -272,6 +272,7 @@ def test_loading_processes_give_the_same_batches_and_may_fail(trouble, monkeypat
     before = _children()
     if trouble == "gone with exit code 0":  # SIGTERM ends them so
         monkeypatch.setattr(processes, "_started", _started_and_ends_well)
+        monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2])  # where loading processes look for this module
     loader = scenes_loader(spec=spec)
     for step in range(5):
         equal(next(loader), expected[step])

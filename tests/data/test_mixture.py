@@ -83,7 +83,10 @@ def test_fingerprints_change_with_weights():
     [
         ({"sources": {}}, "a mixture has sources"),
         ({"name": "scenes"}, "everything else has none"),
-        ({"sources": {"a": {"name": "scenes"}}}, "sources.a.weight is 0"),
+        ({"sources": {"a": {"name": "scenes"}}}, "sources.a.weight is missing"),
+        ({"sources": {"a": {"name": "scenes", "weight": 0}}}, "sources.a.weight is 0"),
+        ({"sources": {"a": {"name": "scenes", "weight": float("nan")}}}, "sources.a.weight is nan"),
+        ({"sources": {**SOURCES, "b": {"name": "scenes", "weight": 1e-320}}}, "weights from 1e-320 to 3"),
         ({"sources": {"a": {"name": "scenes", "weight": -1}}}, "sources.a.weight is -1"),
         ({"sources": {"a": {"name": "scenes", "weight": 1, "pth": "x"}}}, "data.sources.a.pth .*'path'"),
         ({"sources": {"a": {"name": "scenes", "weight": 1, "text_length": 3}}}, "sources.a.text_length"),
@@ -95,6 +98,12 @@ def test_fingerprints_change_with_weights():
 def test_wrong_mixtures_are_named(changes, words):
     with pytest.raises(specs.SpecError, match=words):
         specs._check_data(dataclasses.replace(SPEC, **changes))
+
+
+@pytest.mark.parametrize("sources", [{}, {"a": {"name": "mixture", "weight": 1}}])
+def test_a_source_without_sources_is_refused_wherever_it_is_made(sources):
+    with pytest.raises(specs.SpecError, match="mixture"):
+        data.make_source(dataclasses.replace(SPEC, sources=sources))
 
 
 def test_filters_only_where_sizes_are_known():

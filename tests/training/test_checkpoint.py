@@ -13,6 +13,7 @@ import pytest
 import toys
 from etils import epath
 
+from muse_jax import specs
 from muse_jax.training import reading, trees
 from muse_jax.training import step as steps
 from muse_jax.training.checkpoint import CheckpointError, Checkpoints, StageError, load_stage, save_stage
@@ -213,6 +214,14 @@ def test_stage_folder_round_trip_and_replacement(tmp_path):
         assert stage.step == scale
         jax.tree.map(np.testing.assert_array_equal, stage.params, tree)
     assert os.listdir(tmp_path / "deep") == ["stage"]
+
+
+def test_a_stage_of_a_run_that_would_be_refused_today_can_be_read(tmp_path):
+    spec = toys.spec(**{"optimizer.ema_decay": 1.0})
+    with pytest.raises(specs.SpecError):
+        specs.from_config(specs.to_config(spec))
+    save_stage(tmp_path / "stage", spec, {"a": np.ones(3, np.float32)})
+    assert load_stage(tmp_path / "stage").spec == spec
 
 
 def test_a_stage_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
