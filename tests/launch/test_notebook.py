@@ -3,12 +3,17 @@
 import base64
 import io
 import pathlib
+import queue
+import time
 import types
 
 import nbclient
 import nbformat
 import numpy as np
 import pytest
+import traitlets
+from jupyter_client import AsyncKernelClient, AsyncKernelManager
+from jupyter_client.channels import AsyncZMQSocketChannel
 from PIL import Image
 
 from muse_jax.sampling.pipeline import MusePipeline
@@ -27,6 +32,31 @@ print(f"{len(compiled)} programs compiled")
 """
 
 
+class Channel(AsyncZMQSocketChannel):
+    """Looks again each second.
+
+    While it waits for a cell's reply, nbclient sends a widget's output through the same socket, and one that is
+    written to may not say that something came in (nbclient's issue 312).
+    """
+
+    async def get_msg(self, timeout=None):
+        end = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while True:
+            try:
+                return await super().get_msg(timeout=max(0, min(1, end - time.monotonic())))
+            except queue.Empty:
+                if time.monotonic() >= end:
+                    raise
+
+
+class Client(AsyncKernelClient):
+    shell_channel_class = traitlets.Type(Channel)
+
+
+class Manager(AsyncKernelManager):
+    client_factory = traitlets.Type(Client, klass=AsyncKernelClient)
+
+
 @pytest.fixture(scope="module")
 def executed(tiny_quickstart):
     """The notebook after a run beside a finished tiny quickstart, which its training cell then finds."""
@@ -37,8 +67,8 @@ def executed(tiny_quickstart):
     (sliders,) = (n for n, cell in enumerate(notebook.cells) if "widgets.interact(" in cell.source)
     notebook.cells.insert(sliders + 1, nbformat.v4.new_code_cell(MOVE))
     folder = tiny_quickstart[0].parent.parent
-    client = nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(folder)}})
-    return client.execute()
+    resources = {"metadata": {"path": str(folder)}}
+    return nbclient.NotebookClient(notebook, timeout=400, kernel_manager_class=Manager, resources=resources).execute()
 
 
 def cell_of(notebook, start):
