@@ -141,7 +141,8 @@ def report(tmp_path: pathlib.Path, *arguments: str) -> dict:
     """What the command writes."""
     file = tmp_path / "report.json"
     # The tests' other programs are compiled without optimizations; this one is looked at for them.
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")}
+    others = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    environment = {k: v for k, v in os.environ.items() if k not in others}
     command = [sys.executable, "-m", "muse_jax.compile", f"--json={file}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -36,8 +36,8 @@ for axis in range(a.ndim):
 @pytest.mark.parametrize("program", [WRONG_SUMS, CRASH], ids=["wrong_sums", "crash"])
 def test_jaxlib_reduces_right_on_cpu(program):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    for name in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # as users run it, not as the other tests
-        environment.pop(name, None)
+    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):
+        environment.pop(name, None)  # as users run it, not as the other tests
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
     )

@@ -263,7 +263,7 @@ def test_two_processes_make_the_same_records(made, high_tokens, tmp_path):
     out, port = tmp_path / "out", portpicker.pick_unused_port()
     command = [sys.executable, "-m", "muse_jax.precompute", f"--config={config}", f"--out={out}", "--epochs=2"]
     command += ["--per_shard=9", f"--coordinator=localhost:{port}", "--num_processes=2"]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}
     ranks = [
         subprocess.Popen(
             [*command, f"--process_id={index}"],

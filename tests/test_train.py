@@ -22,7 +22,7 @@ COMMAND = re.search(r"^for i in 0 1; do (python .*) & done; wait$", (ROOT / "REA
 def start(index, port, *more):
     """Starts the README's command as process `index`, on the tiny variant."""
     command = COMMAND.replace("base.py", "base.py:tiny").replace("8476", str(port)).replace("$i", str(index))
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     words = [sys.executable, *shlex.split(command)[1:], *more]
     return subprocess.Popen(
         words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -56,7 +56,7 @@ def test_two_processes_of_the_readme_train_as_one_does(tmp_path):
     assert f"{tmp_path}/two finished: step 4" in ended[0][1]
     one = [word for word in COMMAND.replace("base.py", "base.py:tiny").split()[1:] if "proc" not in word]
     one = [word for word in one if "coordinator" not in word]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
     words = [sys.executable, *one, *changes, f"--workdir={tmp_path}/one"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
@@ -117,5 +117,6 @@ def test_wrong_data_are_said_in_one_message(changes, words, tmp_path, one_device
     done = subprocess.run(command, cwd=ROOT, env=one_device, **settings)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("DataError: ")
-    assert words in done.stderr
+    said = done.stderr.splitlines()[-1]  # before it XLA may speak of what it finds in the compilation cache
+    assert said.startswith("DataError: ")
+    assert words in said

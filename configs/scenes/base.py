@@ -106,7 +106,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.sample.update(num_inference_steps=24, guidance_scale=3.0, token_temperature=1.0, choice_temperature=4.5)
         config.sample.selection_rule = "most_confident"
     if variant == "tiny":
-        config.model.update(codebook_size=32, layers=2, width=32, heads=2, mlp_width=64, unroll=2)
+        config.model.update(codebook_size=32, layers=2, width=32, heads=2, mlp_width=64, unroll=1)
         config.model.text.update(layers=1, width=32, heads=2, head_dim=16, mlp_width=64)
         config.train.update(steps=4, batch_size=8, log_every=2, eval_batches=1)
         config.sample.num_inference_steps = 4

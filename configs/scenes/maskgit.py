@@ -85,7 +85,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         top_p=1.0,
     )
     if variant == "tiny":
-        config.model.update(layers=2, width=32, heads=2, mlp_width=64, unroll=2)
+        config.model.update(layers=2, width=32, heads=2, mlp_width=64, unroll=1)
         config.train.update(steps=4, batch_size=8, log_every=2, eval_batches=1)
         config.sample.num_inference_steps = 4
     return specs.locked(config)

@@ -35,7 +35,7 @@ def start(workdir, processes=2, environment=(), **changes):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     words = [sys.executable, str(TOYS), "masked", str(workdir), json.dumps({**CHANGES, **changes})]
-    common = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}"}
+    common = {**os.environ, "JAX_NUM_CPU_DEVICES": f"{DEVICES // processes}"}
     environment = list(environment) or [{}] * processes
     return [
         subprocess.Popen(

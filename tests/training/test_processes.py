@@ -21,7 +21,7 @@ CHANGES = {"train.steps": 40, "checkpoint.every_steps": 4, "optimizer.ema_decay"
 
 def start(workdir, kind="masked", pause=0.03, **changes):
     """Starts a toy's run."""
-    environment = {**os.environ, "TOY_PAUSE": str(pause), "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment = {**os.environ, "TOY_PAUSE": str(pause), "JAX_NUM_CPU_DEVICES": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
     return subprocess.Popen(
         [sys.executable, str(TOYS), kind, str(workdir), json.dumps({**CHANGES, **changes})],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -170,7 +170,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path):
         workdir = tmp_path / ending
         process = subprocess.run(
             [sys.executable, "-c", script, str(TOYS.parent), str(workdir), ending],
-            env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=120,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"}, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
         if ending == "again":
