@@ -227,7 +227,8 @@ def said(report: Mapping[str, Any]) -> str:
         )
     else:
         lines.append(
-            f"estimate    {times['step_s']:.3f} s for a batch of {report['batch']} (the paper: {report['paper']})"
+            f"estimate    {times['step_s']:.3f} s for a batch of {report['batch']} (the paper: "
+            f"{report['paper']['seconds']} s for a batch of {report['paper']['batch']})"
         )
     if report.get("unknown_loops"):
         lines.append(f"counted once, since their length isn't known: {', '.join(report['unknown_loops'])}")

@@ -147,6 +147,7 @@ def report(tmp_path: pathlib.Path, *arguments: str) -> dict:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "estimate" in done.stdout
+    assert "{" not in done.stdout, "for people, who have the file for the rest"
     found = json.loads(file.read_text())
     for section, keys in SECTIONS.items():
         assert set(keys) <= set(found[section])
