@@ -66,6 +66,13 @@ def one_device() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def as_users() -> dict[str, str]:
+    """The environment of a command for which XLA's optimizations matter: one device, and all of them."""
+    ours = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+@pytest.fixture(scope="session")
 def tiny_quickstart(tmp_path_factory, one_device) -> tuple[pathlib.Path, str]:
     """The workdir of a quickstart on the tiny variant, and what it said. Read it only.
 

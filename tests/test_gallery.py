@@ -1,6 +1,5 @@
 """The gallery: its commands can be parsed, its pictures are those of commands above them; slow: drawn again."""
 
-import os
 import pathlib
 import re
 import shlex
@@ -62,12 +61,10 @@ def test_every_picture_is_of_a_command_above_it():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", PACKAGED)
-def test_a_command_draws_its_pictures_again(command, tmp_path):
+def test_a_command_draws_its_pictures_again(command, tmp_path, as_users):
     """As a user would: on one device, with all of XLA's optimizations."""
-    others = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
-    environment = {k: v for k, v in os.environ.items() if k not in others}
     words = [sys.executable, *shlex.split(command)[1:], f"--out={tmp_path}"]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(words, cwd=ROOT, env=as_users, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     kept = ROOT / parsed(command).out
     assert {path.name for path in tmp_path.glob("*.png")} == {path.name for path in kept.glob("*.png")}

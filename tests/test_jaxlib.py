@@ -3,7 +3,6 @@
 Each program runs in a process of its own, on one device: the second one takes its process down.
 """
 
-import os
 import subprocess
 import sys
 
@@ -34,12 +33,9 @@ for axis in range(a.ndim):
 
 
 @pytest.mark.parametrize("program", [WRONG_SUMS, CRASH], ids=["wrong_sums", "crash"])
-def test_jaxlib_reduces_right_on_cpu(program):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):
-        environment.pop(name, None)  # as users run it, not as the other tests
+def test_jaxlib_reduces_right_on_cpu(program, as_users):
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program], env=as_users, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, (
         f"this jaxlib computes wrong sums or crashes (exit {done.returncode}); "
