@@ -62,13 +62,14 @@ def main(argv: Sequence[str]) -> None:
     process.quiet()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    out = _OUT.value or os.path.join(_WORKDIR.value, "averaged")
     try:
+        stage.check_replaceable(out)
         params, used = average(_WORKDIR.value, _DECAY.value)
         spec, vocabulary = stage.read_description(_WORKDIR.value)
     except (stage.StageError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
-    out = _OUT.value or os.path.join(_WORKDIR.value, "averaged")
     stage.save_stage(out, spec, trees.nest(params), vocabulary, used[-1])
     print(f"averaged the checkpoints of steps {', '.join(map(str, used))} into {out}")
 

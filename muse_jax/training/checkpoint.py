@@ -8,6 +8,7 @@ are all damaged stops, it never starts again at step 0 by itself.
 import contextlib
 import functools
 import json
+import math
 import shutil
 import time
 import uuid
@@ -40,6 +41,8 @@ __all__ = ["CheckpointError", "Checkpoints", "Stage", "StageError", "load_stage"
 ITEMS = ("params", "ema", "optimizer", "meta")
 TRASH = ".todelete"  # what is deleted is renamed into this first: half a deletion must not look like a step
 MOST_FAILURES = 3  # saves that may fail one after the other
+SAVED = ".saved"  # beside checkpoints/, with the newest step: that there was a checkpoint once
+_NEVER = 10**7  # seconds; Orbax has no other word for it
 _PROBED = 2**16  # bytes that a disk must take before a save begins
 
 
@@ -47,9 +50,9 @@ class Checkpoints:
     """The checkpoints of one run, which holds the workdir's lock."""
 
     def __init__(self, workdir: Any, keep: int, seconds: float = 1200):
-        """`seconds`: after which a save that is under way has failed."""
+        """`seconds`: after which a save that is under way has failed; 0: never."""
         self.folder = checkpoints_in(workdir)
-        self.keep, self.seconds = keep, int(seconds)
+        self.keep, self.seconds = keep, math.ceil(seconds) or _NEVER
         self.failures = 0
         self._saving: int | None = None
         self._opened = 0
@@ -179,6 +182,7 @@ class Checkpoints:
     def _look(self) -> None:
         if self._saving not in steps_in(self.folder):
             raise CheckpointError("it isn't there")
+        (self.folder.parent / SAVED).write_text(str(self._saving))
 
     @property
     def due_again(self) -> bool:
@@ -230,13 +234,18 @@ class Checkpoints:
                 return self._restore(self.folder / str(step), wanted, check)
             except Damaged as error:
                 self._set_aside(step, error)
+        hosts.from_leader("looking for what is left of checkpoints", self._check_none_was_lost, CheckpointError)
+        return None
+
+    def _check_none_was_lost(self) -> None:
         aside = sorted(p.name for p in self.folder.glob("corrupt-*"))
-        if aside:
+        saved = self.folder.parent / SAVED
+        if aside or saved.exists():
+            lost = f"set aside as damaged: {', '.join(aside)}" if aside else f"that of step {saved.read_text()} is gone"
             raise CheckpointError(
-                f"no whole checkpoint is left in {self.folder}; set aside as damaged: {', '.join(aside)}. "
+                f"no whole checkpoint is left in {self.folder}; {lost}. "
                 "Bring one back from a copy, or start again in another --workdir."
             )
-        return None
 
     def _restore(self, folder: epath.Path, wanted: Mapping[str, Mapping[str, Any]], check: Any) -> tuple[dict, dict]:
         # Processes must not part over one that could not read what another one could.

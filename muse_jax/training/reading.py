@@ -38,7 +38,7 @@ def steps_in(folder: epath.Path) -> list[int]:
     """The steps that have a checkpoint, whole or not, oldest first."""
     if not folder.exists():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r"\d+", p.name))
+    return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", p.name))
 
 
 def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +64,8 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
         raise Damaged("its meta isn't what was written")
     if meta["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {meta['format']}; this version of muse_jax reads {FORMAT}.")
+    if str(meta["step"]) != folder.name:
+        raise Damaged(f"it is that of step {meta['step']}, under another name")
     return meta
 
 

@@ -19,7 +19,7 @@ import json
 import os
 import pathlib
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -32,16 +32,9 @@ FREE = (
     "sample",
     "deadlines",
     "profile",
-    "data.path",
-    "data.sources.*.path",
     "data.workers",
     "data.prefetch",
     "data.eval_split",
-    "task.tokenizer",
-    "task.low_tokenizer",
-    "task.init_from",
-    "task.perceptual_weights",
-    "model.text.weights",
     "model.remat",
     "model.unroll",
     "model.attention",
@@ -53,6 +46,15 @@ FREE = (
     "train.compare_every",
     "train.donate",
     "train.tpu_options",
+)
+PATHS = (  # free, since what lies there is compared
+    "data.path",
+    "data.sources.*.path",
+    "task.tokenizer",
+    "task.low_tokenizer",
+    "task.init_from",
+    "task.perceptual_weights",
+    "model.text.weights",
 )
 LENGTH = "train.steps"
 
@@ -107,7 +109,7 @@ def _holder(path: pathlib.Path) -> str:
 
 def check_config(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> None:
     """Raises ResumeError, naming the keys, if `new` would not go on with what `old` has trained for `step` steps."""
-    changes = {key: change for key, change in _changes(old, new).items() if not _free(key)}
+    changes = {key: change for key, change in _changes(old, new).items() if not _among(key, (*FREE, *PATHS))}
     length = changes.pop(LENGTH, None)
     if changes:
         lines = "; ".join(f"{key} was {before!r} and is now {after!r}" for key, (before, after) in changes.items())
@@ -142,8 +144,13 @@ def check_fingerprints(what: str, old: Any, new: Any, hint: str) -> None:
     raise ResumeError(f"{what}{names} changed since this run was started; {hint}, or choose another --workdir.")
 
 
-def _free(key: str) -> bool:
-    return any(fnmatch.fnmatchcase(key, free) or key.startswith(f"{free}.") for free in FREE)
+def paths_changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the configs name other places for what a run reads, which may hold something else."""
+    return any(_among(key, PATHS) for key in _changes(old, new))
+
+
+def _among(key: str, keys: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, one) or key.startswith(f"{one}.") for one in keys)
 
 
 def _changes(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:

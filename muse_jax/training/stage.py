@@ -82,7 +82,11 @@ def save_stage(
       params: nested dict of arrays.
       vocabulary: what the text vocabulary's `to_json` gave, for models that read text.
       step: at which the parameters were saved.
+
+    Raises:
+      StageError: if the folder is there and holds anything else than a stage.
     """
+    check_replaceable(folder)
     if "://" in os.fspath(folder):
         with tempfile.TemporaryDirectory() as scratch:
             _write_stage(pathlib.Path(scratch), spec, params, vocabulary, step)
@@ -102,6 +106,18 @@ def save_stage(
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def check_replaceable(folder: Any) -> None:
+    """Raises StageError if `save_stage` would replace anything else than a stage folder, a run's workdir for one."""
+    folder = epath.Path(os.fspath(folder))
+    if folder.exists():
+        found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else ["a file"]
+        others = [name for name in found if name not in (CONFIG, PARAMS, VOCABULARY)]
+        if others:
+            raise StageError(
+                f"{folder} holds more than a stage that could be replaced: {', '.join(others[:3])}; name a new folder."
+            )
 
 
 def _write_stage(folder: pathlib.Path, spec: specs.Spec, params: Any, vocabulary: Any, step: int) -> None:

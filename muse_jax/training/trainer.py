@@ -7,6 +7,7 @@ held-out batches are evaluated and samples drawn. Nothing after the step itself 
 
 import contextlib
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -98,6 +99,9 @@ def train(
 def already_finished(spec: specs.Spec, workdir: Any) -> Result | None:
     """The result of a run that needs nothing more, told without building anything; None if it isn't one.
 
+    One whose newest checkpoint is damaged, or whose config names other paths, is none: it goes the way of every
+    run, on which checkpoints are set aside and what it reads is compared with what it was trained on.
+
     Raises:
       resume.ResumeError: if the workdir's run trained something else than `spec`.
     """
@@ -108,17 +112,33 @@ def already_finished(spec: specs.Spec, workdir: Any) -> Result | None:
 def _finished(spec: specs.Spec, workdir: Any) -> dict[str, Any] | None:
     folder = reading.checkpoints_in(workdir)
     try:
-        meta = reading.read_meta(folder / str(reading.steps_in(folder)[-1]))
-    except (IndexError, reading.Damaged):
+        newest = folder / str(reading.steps_in(folder)[-1])
+        meta = reading.read_meta(newest)
+        described = json.loads((epath.Path(workdir) / CONFIG).read_text())
+    except (IndexError, OSError, ValueError, reading.Damaged):
         return None
     resume.check_config(specs.completed(meta["config"]), specs.to_config(spec), meta["step"])
     lines = logging.read_metrics(workdir)
     if meta["step"] < spec.train.steps or not lines or not lines[-1].get(logging.FINISHED):
         return None
-    if meta["config"] != specs.to_config(spec):  # settings that are free, those of the sampler for one
+    if resume.paths_changed(specs.completed(described), specs.to_config(spec)) or not _whole(newest, meta):
+        return None
+    sample = {"sample": specs.to_config(spec)["sample"]}
+    if described != {**described, **sample}:  # what else is free has nothing to say once the run is over
         with resume.lock(workdir):
-            write_json(epath.Path(workdir) / CONFIG, specs.to_config(spec))
+            write_json(epath.Path(workdir) / CONFIG, {**described, **sample})
     return {"step": meta["step"], "metrics": _latest(lines)}
+
+
+def _whole(checkpoint: epath.Path, meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is what was saved; of a pod's, which no host may have room for, whether it is all there."""
+    try:
+        for item, stored in meta["leaves"].items():
+            read = reading.check_structure if hosts.several() else reading.read_numpy
+            read(checkpoint, item, stored)
+    except (OSError, ValueError, KeyError, reading.Damaged):
+        return False
+    return True
 
 
 def _latest(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -323,10 +343,13 @@ class _Run:
         if self.in_a_row < self.spec.train.stop_after_nonfinite:
             return
         shown = {name: total / weight if weight else None for name, (total, weight) in sorted(values.items())}
+        newest = (
+            f"The newest checkpoint is that of step {self.saved}" if self.saved >= 0 else "There is no checkpoint yet"
+        )
         listed = "; ".join(f"step {step - len(self.bad_ids) + 1 + i}: {ids}" for i, ids in enumerate(self.bad_ids))
         raise NonFiniteError(
             f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that isn't finite; none of "
-            f"them changed anything. The newest checkpoint is that of step {self.saved}. Metrics of step {step}: "
+            f"them changed anything. {newest}. Metrics of step {step}: "
             f"{shown}. Example ids: {listed}."
         )
 

@@ -51,3 +51,7 @@ def test_the_command_writes_a_stage(tmp_path):
     done = subprocess.run([*command, "--decay=2"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "--decay is 2.0" in done.stderr
+    done = subprocess.run([*command, f"--out={tmp_path}"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "name a new folder" in done.stderr
+    assert (tmp_path / "checkpoints").exists()

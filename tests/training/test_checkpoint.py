@@ -120,6 +120,31 @@ def test_none_left_is_an_error_and_stays_one(saved, tmp_path):
         load_stage(workdir)
 
 
+def test_checkpoints_that_are_gone_are_missed(saved, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    checkpoints = Checkpoints(workdir, keep=2)
+    with pytest.raises(CheckpointError, match="no whole checkpoint.*step 2 is gone"):
+        checkpoints.restore(abstract(), accept)
+    checkpoints.close()
+
+
+def test_a_folder_is_what_its_name_says(saved, tmp_path):
+    """A copy under another step's name is set aside; what is no step's name is left alone."""
+    workdir = tmp_path / "run"
+    shutil.copytree(saved, workdir)
+    shutil.copytree(workdir / "checkpoints/1", workdir / "checkpoints/3")
+    for name in ("007", "٧"):
+        (workdir / "checkpoints" / name).mkdir()
+    checkpoints = Checkpoints(workdir, keep=2)
+    restored, meta = checkpoints.restore(abstract(), accept)
+    checkpoints.close()
+    assert meta["step"] == 2
+    assert {"corrupt-3", "007", "٧"} < set(os.listdir(workdir / "checkpoints"))
+    assert reading.steps_in(reading.checkpoints_in(workdir)) == [1, 2]
+
+
 def test_an_empty_workdir_has_nothing_to_restore(tmp_path):
     assert Checkpoints(tmp_path, keep=1).restore(abstract(), accept) is None
 
@@ -222,6 +247,15 @@ def test_a_stage_of_a_run_that_would_be_refused_today_can_be_read(tmp_path):
         specs.from_config(specs.to_config(spec))
     save_stage(tmp_path / "stage", spec, {"a": np.ones(3, np.float32)})
     assert load_stage(tmp_path / "stage").spec == spec
+
+
+def test_a_stage_replaces_nothing_but_a_stage(tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "file").write_text("mine")
+    for name, found in (("run", "checkpoints"), ("file", "a file"), (".", "file, run")):
+        with pytest.raises(StageError, match=f"more than a stage that could be replaced: {found}"):
+            save_stage(tmp_path / name, toys.spec(), {"a": np.ones(3, np.float32)})
+    assert sorted(os.listdir(tmp_path)) == ["file", "run"]
 
 
 def test_a_stage_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What a run does: exact steps, exact resuming, refusals, and steps that aren't finite."""
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -96,6 +97,44 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     assert load_stage(tmp_path).spec == other
 
 
+def test_a_finished_run_with_other_weights_is_refused_and_keeps_its_config(tmp_path):
+    """Paths may change, since what lies there is compared; also when there is nothing left to train."""
+    toys.train(toys.spec(), tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    moved = toys.spec(**{"data.path": "elsewhere"})
+    with pytest.raises(resume.ResumeError, match="the training data .* changed"):
+        toys.train(moved, tmp_path, data="others")
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert not toys.train(moved, tmp_path).was_finished  # looked through, for the data are the same
+    assert toys.train(moved, tmp_path).was_finished
+
+
+# Orbax leaves coroutines behind where a read failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+def test_a_finished_run_that_was_damaged_is_mended(tmp_path):
+    run = toys.spec()
+    toys.train(run, tmp_path)
+    state, _ = state_of(tmp_path, run)
+    largest = max((tmp_path / "checkpoints/8/params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 4
+    largest.write_bytes(bytes(content))
+    assert not toys.train(run, tmp_path).was_finished
+    assert "corrupt-8" in os.listdir(tmp_path / "checkpoints")
+    assert toys.bits(state_of(tmp_path, run)[0]) == toys.bits(state)
+    gc.collect()
+
+
+def test_a_deadline_of_0_is_none(tmp_path):
+    assert toys.train(toys.spec(**{"deadlines.save": 0.0}), tmp_path).step == 8
+
+
+def test_without_any_checkpoint_no_newest_one_is_named(tmp_path):
+    run = toys.spec(**{"train.stop_after_nonfinite": 2})
+    with pytest.raises(trainer.NonFiniteError, match="There is no checkpoint yet"):
+        toys.train(run, tmp_path, poisoned=range(9))
+
+
 @pytest.mark.parametrize("kind", sorted(toys.TASKS))
 def test_stopped_and_started_again_gives_the_same_bits(tmp_path, kind):
     """A run in three pieces, of which one ends with an error between checkpoints, equals one in one piece."""
@@ -189,6 +228,12 @@ def test_accumulating_micro_batches_changes_nothing():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole[-1].params, parts[-1].params)
     for name in ("loss", "masked", "grad_norm"):
         assert parts_metrics[2][name] == pytest.approx(whole_metrics[2][name], rel=1e-4)
+
+
+def test_what_micro_batches_leave_for_after_the_update_is_merged():
+    whole, _ = run_steps(toys.spec(), 2, toys.Adversaries())
+    parts, _ = run_steps(toys.spec(**{"optimizer.accumulate": 4}), 2, toys.Adversaries())
+    np.testing.assert_allclose(whole[-1].params["unused"], parts[-1].params["unused"], atol=1e-6)
 
 
 def test_ema_follows_its_definition():
