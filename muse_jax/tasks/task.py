@@ -61,6 +61,9 @@ class Task(Protocol):
         ``fold_in(key, example_id)``, so that no mesh and no batch order changes it.
         """
 
+    def merge(self, extras: Any, more: Any) -> Any:
+        """The extras of two micro-batches as those of both (`optimizer.accumulate`)."""
+
     def after_update(self, params: Params, extras: Any, key: jax.Array, step: jax.Array) -> Params:
         """What changes parameters besides the optimizer (dead codes revived); often the identity."""
 

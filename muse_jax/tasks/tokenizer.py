@@ -36,6 +36,7 @@ class TokenizerTask:
         )
         self.decoder_only = spec.task.trainable == "decoder"
         self.adversarial = spec.task.adversarial > 0
+        self._reconstructed = jax.jit(lambda params, images: self._reconstruct(params, vqgan.to_unit(images))[0])
 
     # -------------------------------------------------------------------------------- parameters
 
@@ -186,9 +187,15 @@ class TokenizerTask:
         error = jnp.mean(jnp.square(output - images), axis=-1, keepdims=True)
         error = jnp.mean(vqgan.space_to_depth(error, self.spec.model.factor), axis=-1).reshape(-1)
         score = jnp.log(error + 1e-9) + jax.random.gumbel(key, error.shape)
-        _, worst = jax.lax.top_k(score, min(CANDIDATES, error.size))
         latents = quantized.latents.reshape(-1, quantized.latents.shape[-1])
-        return {"used": self._counts(quantized.ids), "candidates": latents[worst]}
+        return {"used": self._counts(quantized.ids), **_best(score, latents)}
+
+    def merge(self, extras: Any, more: Any) -> Any:
+        """See `Task.merge`."""
+        if extras is None:
+            return None
+        score, candidates = (jnp.concatenate([extras[name], more[name]]) for name in ("score", "candidates"))
+        return {"used": extras["used"] + more["used"], **_best(score, candidates)}
 
     def after_update(self, params: Params, extras: Any, key: jax.Array, step: jax.Array) -> Params:
         """Revives the codes that died."""
@@ -211,12 +218,18 @@ class TokenizerTask:
     def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
         """Pictures above, their reconstructions below."""
         images = np.asarray(batch["image"][:SHOWN])
-        output = jax.jit(lambda params, images: self._reconstruct(params, vqgan.to_unit(images))[0])(params, images)
+        output = self._reconstructed(params, images)
         output = multihost_utils.process_allgather(vqgan.to_uint8(output), tiled=True)
         return {"reconstructions": np.concatenate([images, output], axis=1)}
 
     def _reconstruct(self, params: Params, images: jax.Array) -> tuple[jax.Array, quantizer.Quantized]:
         return self.model.apply({"params": {name: params[name] for name in GENERATOR}}, images)
+
+
+def _best(score: jax.Array, candidates: jax.Array) -> dict[str, jax.Array]:
+    """The candidates of the highest scores, the highest first."""
+    score, best = jax.lax.top_k(score, min(CANDIDATES, score.size))
+    return {"score": score, "candidates": candidates[best]}
 
 
 def _psnr(squared_error: jax.Array) -> jax.Array:

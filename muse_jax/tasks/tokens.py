@@ -68,6 +68,7 @@ class TokensTask:
             self.plan = sampler.make_plan(tokens=self.places, grid=spec.model.grid, **dataclasses.asdict(spec.sample))
         except ValueError as error:
             raise specs.SpecError(f"sample: {error}") from error
+        self._drawn = jax.jit(self._draw)  # here, so that every preview has the same program
 
     # -------------------------------------------------------------------------------- parameters
 
@@ -121,6 +122,9 @@ class TokensTask:
         grads, metrics = grad(params, frozen, batch, key)
         return grads, metrics, None
 
+    def merge(self, extras: None, more: None) -> None:
+        """There are none."""
+
     def after_update(self, params: Params, extras: Any, key: jax.Array, step: jax.Array) -> Params:
         """The identity."""
         return params
@@ -130,7 +134,8 @@ class TokensTask:
         tokens, low_tokens = self.tokens(frozen, batch)
         keys = corruption.example_keys(key, batch["example_id"])
         corrupted = self.corrupt(keys, tokens, batch["text_mask"], low_tokens)
-        rngs = {"dropout": jax.random.fold_in(key, 0)} if self.spec.model.dropout else None
+        # Micro-batches share the step's key; their first examples differ.
+        rngs = {"dropout": jax.random.fold_in(keys[0], 0)} if self.spec.model.dropout else None
         logits = self._logits(params, frozen, corrupted, batch, rngs)
         weights = jnp.where(corrupted.mask, 1.0, task.visible_weight)
         loss = losses.weighted_example_mean(losses.cross_entropy(logits, tokens, task.label_smoothing), weights)
@@ -288,7 +293,7 @@ class TokensTask:
     def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
         """The batch's first prompts, drawn as the config's `sample` section says; true pictures above."""
         batch = {name: value[:SAMPLED] for name, value in self.conditioned(batch).items()}
-        drawn = multihost_utils.process_allgather(jax.jit(self._draw)(params, frozen, batch, key), tiled=True)
+        drawn = multihost_utils.process_allgather(self._drawn(params, frozen, batch, key), tiled=True)
         if "image" not in batch:
             return {"samples": drawn}
         return {"samples": np.concatenate([np.asarray(batch["image"]), drawn], axis=1)}

@@ -3,6 +3,8 @@
 Randomness: key = fold_in(fold_in(seed, stream), step); nothing random is kept in the state.
 """
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -149,7 +151,7 @@ class Program:
         """Gradients over micro-batches by one scan, each weighted as its loss is weighted.
 
         Micro-batch i holds the examples i, i + n, i + 2n, ..., so that each device splits what it has
-        and nothing moves. The extras are those of the last micro-batch.
+        and nothing moves. The task merges their extras.
         """
         count = self.spec.optimizer.accumulate
         if count == 1:
@@ -162,14 +164,15 @@ class Program:
             return jax.tree.map(lambda g: g * weight.astype(g.dtype), grads), metrics, extras
 
         def body(carry: Any, batch: Any) -> Any:
-            (grads, metrics), (new_grads, new_metrics, extras) = carry[:2], one(batch)
-            add = lambda a, b: a + b  # noqa: E731
-            return (jax.tree.map(add, grads, new_grads), jax.tree.map(add, metrics, new_metrics), extras), None
+            *found, extras = one(batch)
+            return jax.tree.map(jnp.add, carry, tuple(found)), extras
 
-        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro))
-        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        (grads, metrics, extras), _ = jax.lax.scan(body, start, micro)
+        *shapes, _ = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro))
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tuple(shapes))
+        (grads, metrics), extras = jax.lax.scan(body, start, micro)
         weight = metrics["loss"].weight
+        each = (jax.tree.map(operator.itemgetter(i), extras) for i in range(count))
+        extras = functools.reduce(self.task.merge, each)
         return jax.tree.map(lambda g: g / weight.astype(g.dtype), grads), metrics, extras
 
     def _grads(self, *args: Any) -> Any:

@@ -145,6 +145,18 @@ def test_dead_codes_come_back_where_the_error_is():
     assert float(jnp.where(moved, after["unused"], 0).max()) == 0
 
 
+def test_micro_batches_count_codes_together_and_keep_the_worst_latents():
+    task = build(tiny("tokenizer_low", revive_after=3))
+    params, data = random_params(task), batch(32)
+    halves = [jax.tree.map(lambda x, i=i: x[i::2], data) for i in range(2)]
+    whole, *parts = (task.grads(params, {}, each, jax.random.key(0), 0)[2] for each in (data, *halves))
+    merged = task.merge(*parts)
+    assert jnp.array_equal(merged["used"], whole["used"])
+    assert merged["candidates"].shape == whole["candidates"].shape
+    scores = jnp.sort(jnp.concatenate([part["score"] for part in parts]))[::-1]
+    assert jnp.array_equal(merged["score"], scores[: merged["score"].size])
+
+
 def test_labels_send_each_parameter_to_one_optimizer(decoder):
     task = build(tiny("tokenizer_low", adversarial=0.1))
     labels = task.labels(random_params(task))

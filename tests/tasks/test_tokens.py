@@ -107,6 +107,30 @@ def test_masked_places_carry_the_mask_id_and_others_their_token(base):
     assert bool(seen.mask.any(axis=1).all())
 
 
+def test_micro_batches_drop_out_other_units(base):
+    """They share the step's key. Where everything is masked, dropout is all in which examples that are alike differ."""
+    everything = dataclasses.replace(base.spec.task, min_mask_ratio=1.0, text_dropout=0.0)
+    example = jax.tree.map(lambda x: x[:1], make_batch(base))
+    for dropout in (0.0, 0.5):
+        model = dataclasses.replace(base.spec.model, dropout=dropout)
+        spec = dataclasses.replace(base.spec, task=everything, model=model)
+        task = stages.build_task(spec, lambda path: tokenizer_stage("tokenizer_low"))
+        values, loss = random_params(task), jax.jit(task._loss)
+        first, other = (
+            float(loss(values, task.frozen(), {**example, "example_id": jnp.array([i])}, jax.random.key(0))[0])
+            for i in (1, 2)
+        )
+        assert (first == other) == (dropout == 0)
+
+
+def test_previews_have_one_program(base, params):
+    task = stages.build_task(base.spec, lambda path: tokenizer_stage("tokenizer_low"))
+    batch = make_batch(base)
+    for seed in range(2):
+        task.samples(params, task.frozen(), batch, jax.random.key(seed))
+    assert task._drawn._cache_size() == 1
+
+
 def test_no_gradient_comes_from_places_that_are_not_scored(base, params):
     """The loss is blind to what stands at visible places: their labels may be anything."""
     batch = make_batch(base)

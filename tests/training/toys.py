@@ -94,6 +94,9 @@ class Masked:
         grads, metrics = jax.grad(self.loss, has_aux=True)(params, frozen, batch, key)
         return grads, metrics, None
 
+    def merge(self, extras, more):
+        return None
+
     def after_update(self, params, extras, key, step):
         return params
 
@@ -137,6 +140,9 @@ class Adversaries:
         used = jnp.zeros((CODES,)).at[batch["tokens"][:, 0]].add(1)
         metrics = {"loss": Mean.of(loss), "discriminator_loss": Mean.of(other)}
         return {"generator": grad_g, "discriminator": grad_d, "unused": jnp.zeros((CODES,))}, metrics, used
+
+    def merge(self, extras, more):
+        return extras + more
 
     def after_update(self, params, extras, key, step):
         noise = random(key, CODES)
