@@ -225,6 +225,7 @@ RULES: Mapping[str, Any] = {
 
 # Generated scenes, a folder of pictures, TFDS, what `convert` and `precompute` wrote, noise, several of them.
 SOURCES = ("scenes", "folder", "tfds", "array_record", "precomputed", "synthetic", "mixture")
+MADE = ("scenes", "synthetic")  # by the loader itself
 FILTERED = ("folder", "array_record")  # with pictures' sizes known, so that some can be left out
 MOST_APART = 1e6  # a mixture's largest weight over its smallest
 # What the sources of a mixture cannot have each for itself.
@@ -516,7 +517,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
-def _one_of(value: str, allowed: Sequence[str], path: str) -> None:
+def _one_of(value: Any, allowed: Sequence[str], path: str) -> None:
     if value not in allowed:
         raise SpecError(f"{path} is {value!r}; expected one of {', '.join(map(repr, allowed))}.")
 
@@ -556,10 +557,13 @@ def _check_numbers(spec: Spec) -> None:
             f"profile.start_step is {spec.profile.start_step}, but the run ends at train.steps {spec.train.steps}, and "
             "nothing would be recorded; set it to an earlier step."
         )
+    if not 0 <= spec.seed < 2**63:
+        raise SpecError(f"seed is {spec.seed}; expected at least 0 and less than 2**63.")
+    _positive(spec.mesh, ("slices",), "mesh")
     _positive(spec.optimizer, ("accumulate",), "optimizer")
-    rates = ("learning_rate", "adam_learning_rate", "final_scale", "warmup_steps", "weight_decay", "clip_norm")
-    _not_negative(spec.optimizer, rates, "optimizer")
-    _below_one(spec.optimizer, ("b1", "b2", "ema_decay"), "optimizer")
+    _below_one(spec.optimizer, ("ema_decay",), "optimizer")
+    _check_optimizers(spec.optimizer)
+    _check_sizes(spec.model, "model")
     if isinstance(spec.task, TokensTaskSpec):
         shares = ("text_dropout", "min_mask_ratio", "low_corruption", "picture_share")
         _share(spec.task, shares, "task")
@@ -575,21 +579,67 @@ def _check_numbers(spec: Spec) -> None:
         _below_one(spec.model.text, ("dropout",), "model.text")
 
 
+def _check_optimizers(spec: OptimizerSpec) -> None:
+    """The settings that every label has for itself; that labels and fields exist is for `training.optimizer`."""
+    types_of = {field.name: type(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
+    sections: dict[str, OptimizerSpec] = {"optimizer": spec}
+    for label, changes in spec.overrides.items():
+        path = f"optimizer.overrides.{label}"
+        if not isinstance(changes, Mapping):
+            raise SpecError(f"{path} is {changes!r}; expected a section with keys of OptimizerSpec.")
+        known = {name: _convert(types_of[name], v, f"{path}.{name}") for name, v in changes.items() if name in types_of}
+        sections[path] = dataclasses.replace(spec, **known)
+    for path, section in sections.items():
+        _one_of(section.name, ("adamw", "adafactor", "muon"), f"{path}.name")
+        _one_of(section.schedule, ("cosine", "constant", "linear"), f"{path}.schedule")
+        rates = ("learning_rate", "adam_learning_rate", "final_scale", "warmup_steps", "weight_decay", "clip_norm")
+        _not_negative(section, rates, path)
+        _below_one(section, ("b1", "b2"), path)
+
+
+def _check_sizes(section: Any, path: str) -> None:
+    """A model's numbers and words, each by itself."""
+    for field in dataclasses.fields(section):
+        name, value = field.name, getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_sizes(value, f"{path}.{name}")
+        elif name in ("decoder_channels", "decoder_res_blocks") or (
+            name == "heads" and isinstance(section, PaellaSpec)
+        ):
+            _not_negative(section, (name,), path)
+        elif type(value) is int:
+            _positive(section, (name,), path)
+        elif isinstance(value, tuple) and not (value and min(value) >= 1):
+            raise SpecError(f"{path}.{name} is {value}; expected numbers of at least 1.")
+        elif name == "dtype":
+            _one_of(value, ("float32", "bfloat16", "float16"), f"{path}.dtype")
+        elif name == "remat" and value not in ("none", "full"):
+            _check_remat(value, path)
+    if isinstance(section, PaellaSpec):
+        _not_negative(section, ("layer_scale",), path)
+
+
+def _check_remat(value: str, path: str) -> None:
+    import jax  # for the few configs that name one; reading a config needs it for nothing else
+
+    if value.startswith("_") or not hasattr(jax.checkpoint_policies, value):
+        raise SpecError(f"{path}.remat is {value!r}; expected 'none', 'full' or a name in jax.checkpoint_policies.")
+
+
 def _check_misfits(spec: Spec) -> None:
     """What can be told from the config alone."""
     _check_numbers(spec)
     _check_data(spec.data)
-    _one_of(spec.optimizer.name, ("adamw", "adafactor", "muon"), "optimizer.name")
     _one_of(spec.optimizer.gradient_dtype, ("float32", "bfloat16"), "optimizer.gradient_dtype")
-    _one_of(spec.optimizer.schedule, ("cosine", "constant", "linear"), "optimizer.schedule")
     if spec.train.batch_size % spec.optimizer.accumulate:
         raise SpecError(
             f"train.batch_size {spec.train.batch_size} is not a multiple of optimizer.accumulate "
             f"{spec.optimizer.accumulate}; change one of them."
         )
-    for axis in (*spec.rules.values(), *spec.frozen_rules.values()):
-        for name in (axis,) if isinstance(axis, str) else axis or ():
-            _one_of(name, ("data", "fsdp", "tensor"), "a mesh axis in rules")
+    for rules in ("rules", "frozen_rules"):
+        for key, axis in getattr(spec, rules).items():
+            for name in axis if isinstance(axis, tuple) else () if axis is None else (axis,):
+                _one_of(name, ("data", "fsdp", "tensor"), f"{rules}.{key}, a mesh axis or several,")
     if isinstance(spec.model, VQGANSpec):
         _check_tokenizer(spec)
     else:
@@ -645,6 +695,11 @@ def _check_data(data: DataSpec, path: str = "data") -> None:
     _not_negative(data, ("text_length", "min_side", "workers", "prefetch"), path)
     _one_of(data.name, SOURCES, f"{path}.name")
     _one_of(data.crop, ("center", "random"), f"{path}.crop")
+    if data.path and data.name in MADE and path == "data":  # a mixture's sources have its path, whether they need one
+        raise SpecError(
+            f"{path}.path is {data.path!r}, but {path}.name {data.name!r} reads no files. "
+            "For a folder of pictures take configs/pictures (quickstart: --configs=configs/pictures); else unset it."
+        )
     if data.sources and data.name != "mixture":
         raise SpecError(
             f"{path}.name is {data.name!r} and {path}.sources has {len(data.sources)} entries; "
@@ -679,6 +734,8 @@ def _check_tokenizer(spec: Spec) -> None:
             f"data.image_size {spec.data.image_size} is not a multiple of the tokenizer's factor {spec.model.factor} "
             "(model.stem_patch times 2 for each channel multiplier after the first); change one of them."
         )
+    _one_of(spec.model.normalization, ("group", "layer"), "model.normalization")
+    _check_groups(spec.model)
     _one_of(spec.task.trainable, ("all", "decoder"), "task.trainable")
     if spec.task.trainable == "decoder" and not spec.task.init_from:
         raise SpecError("task.trainable is 'decoder' but task.init_from is empty; name the trained tokenizer's folder.")
@@ -687,6 +744,16 @@ def _check_tokenizer(spec: Spec) -> None:
             f"task.perceptual is {spec.task.perceptual} and task.perceptual_weights {spec.task.perceptual_weights!r}: "
             "give the LPIPS file, or set task.perceptual=0 to train without the perceptual loss."
         )
+
+
+def _check_groups(model: VQGANSpec) -> None:
+    for channels in (model.channels, model.decoder_channels or model.channels):
+        for multiplier in model.channel_multipliers if model.normalization == "group" else ():
+            if channels * multiplier > 32 and channels * multiplier % 32:
+                raise SpecError(
+                    f"model.normalization is 'group', of 32 groups, but {channels} times {multiplier} channels are no "
+                    "multiple of 32; change model.channels or model.decoder_channels, or take 'layer'."
+                )
 
 
 def _check_predictor(spec: Spec) -> None:

@@ -144,7 +144,17 @@ def test_values_arrive():
         (BASE, "optimizer.schedule", "cosin", ["optimizer.schedule", "'cosin'", "'cosine'"]),
         (BASE, "data.crop", "middle", ["data.crop", "'middle'", "'center'"]),
         (BASE, "data.name", "cats", ["data.name", "'folder'"]),
-        (BASE, "rules.mlp", "model", ["rules", "'model'", "'tensor'"]),
+        (BASE, "rules.mlp", "model", ["rules.mlp", "'model'", "'tensor'"]),
+        (BASE, "rules.mlp", 3, ["rules.mlp", "3", "'tensor'"]),
+        (BASE, "data.path", "pictures", ["data.path is 'pictures'", "--configs=configs/pictures"]),
+        (BASE, "model.dtype", "float64", ["model.dtype", "'bfloat16'"]),
+        (BASE, "model.remat", "nothing", ["model.remat", "jax.checkpoint_policies"]),
+        (BASE, "optimizer.overrides", {"embeddings": 3}, ["optimizer.overrides.embeddings", "a section"]),
+        (BASE, "optimizer.overrides", {"embeddings": {"name": "sgd"}}, ["optimizer.overrides.embeddings.name"]),
+        (TOKENIZER, "model.normalization", "batch", ["model.normalization", "'layer'"]),
+        (TOKENIZER, "model.channels", 33, ["model.channels", "multiple of 32"]),
+        (TOKENIZER, "model.channel_multipliers", [], ["model.channel_multipliers", "at least 1"]),
+        (SUPERRES, "model.block", [0, 0], ["model.block", "at least 1"]),
         (BASE, "model.attention", "flash", ["model.attention", "'cudnn'"]),
         (BASE, "model.attention", "cudnn", ["model.attention", "16 bits", "'float32'"]),
         (BASE, "optimizer.gradient_dtype", "float16", ["optimizer.gradient_dtype", "'bfloat16'"]),
@@ -190,6 +200,14 @@ NAN = float("nan")
         (TOKENIZER, "task.adversarial_start", [-1]),
         (BASE, "optimizer.learning_rate", [-1e-3, NAN]),
         (BASE, "optimizer.b2", [1.0, NAN]),
+        (BASE, "optimizer.overrides.embeddings.learning_rate", [-1.0, NAN]),
+        (BASE, "seed", [-1, 2**63]),
+        (BASE, "mesh.slices", [0, -1]),
+        (BASE, "model.heads", [0]),
+        (BASE, "model.text.layers", [0]),
+        (PAELLA, "model.layer_scale", [NAN]),
+        (TOKENIZER, "model.stem_patch", [0, -1]),
+        (TOKENIZER, "model.decoder_channels", [-1]),
         (BASE, "optimizer.ema_decay", [1.0, -0.9]),
         (BASE, "optimizer.accumulate", [0]),
         (BASE, "train.eval_batches", [-1]),
@@ -200,7 +218,9 @@ NAN = float("nan")
     ],
 )
 def test_numbers_that_would_train_nonsense_are_named(config, path, values):
-    config = {"deadlines": {}, **config}
+    config = {"deadlines": {}, "mesh": {}, **config}
+    if "overrides" in path:
+        config = _changed(config, "optimizer.overrides", {"embeddings": {}})
     specs.from_config(ConfigDict(config))
     for value in values:
         with pytest.raises(specs.SpecError, match=f"{path} is {value}[;,]"):
