@@ -75,14 +75,14 @@ def slug(prompt: str) -> str:
     return f"{short}-{digest}"
 
 
-def file_names(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """A PNG's name for each picture; prompts that differ in signs alone get a number."""
-    taken: dict[str, tuple[str, int]] = {}
+def file_names(prompts: Sequence[str], seeds: Sequence[int], negative_prompts: Sequence[str] = ()) -> list[str]:
+    """A PNG's name for each picture; where prompts differ in signs alone, or negative prompts, they get a number."""
+    taken: dict[str, tuple[str, int, str]] = {}
     names = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        stem, again = f"{slug(prompt)}_{seed}", 1
+    for made in zip(prompts, seeds, negative_prompts or [""] * len(prompts), strict=True):
+        stem, again = f"{slug(made[0])}_{made[1]}", 1
         name = stem
-        while taken.setdefault(name, (prompt, seed)) != (prompt, seed):
+        while taken.setdefault(name, made) != made:
             again += 1
             name = f"{stem}_{again}"
         names.append(f"{name}.png")
@@ -115,7 +115,7 @@ def sample(
       What samples.json holds.
     """
     out.mkdir(parents=True, exist_ok=True)
-    names = file_names(requests.prompts, requests.seeds)
+    names = file_names(requests.prompts, requests.seeds, requests.negative_prompts)
     images, used, first = [], {}, 0.0
     for start in range(0, len(requests), pipeline.max_batch_size):
         piece = slice(start, start + pipeline.max_batch_size)
@@ -130,7 +130,7 @@ def sample(
         used = output.settings
     if best_of > 1:
         requests, images = _best(pipeline, requests, images, best_of)
-        names = file_names(requests.prompts, requests.seeds)
+        names = file_names(requests.prompts, requests.seeds, requests.negative_prompts)
         for name, image in zip(names, images, strict=True):
             write_whole(out / name, image.save)
     write_whole(out / "grid.png", lambda path: _grid(path, requests, images))
@@ -267,6 +267,8 @@ def main(argv: list[str], function: Callable[[flags.FlagValues, Sequence[str]], 
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; put a prompt with spaces in quotes")
     process.quiet()
+    if hasattr(sys.stdout, "reconfigure"):  # prompts and names may have letters that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_: print(f"Warning: {message}", file=sys.stderr)
     try:
         function(flags.FLAGS, sys.argv)

@@ -31,6 +31,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from muse_jax import data, flops, precomputed, roofline, specs
+from muse_jax.data import transforms
 from muse_jax.training import checkpoint, feed, hosts, reading, replicas, resume, sharding, signals, trainer
 
 # What a person can mend; said without a traceback.
@@ -40,6 +41,7 @@ MENDABLE = (
     reading.CheckpointError,
     checkpoint.StageError,
     feed.DataError,
+    transforms.UnusableError,
     trainer.NonFiniteError,
     replicas.ReplicaError,
     hosts.HostError,
@@ -76,6 +78,7 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
     task = stages.build_task(spec, checkpoint.load_stage)
     with opening_data():
         source = data.make_source(spec.data, "train")
+        held_out = data.make_source(spec.data, "eval") if spec.train.eval_batches else None
     if specs.is_precomputed(spec.data):
         precomputed.check(spec, task, source, vocabulary)
 
@@ -90,10 +93,13 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
             start_step=start,
             process_index=part,
             process_count=parts,
-            source=source if split == "train" else None,
+            source=source if split == "train" else held_out,
         )
 
+    @opening_data()
     def eval_batches() -> list[Any]:
+        if held_out is None:
+            return []
         batches = loader("eval", 0)
         try:
             return list(itertools.islice(batches, spec.train.eval_batches))

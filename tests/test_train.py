@@ -1,5 +1,6 @@
 """The command as two processes start it, and what it says where they don't fit together."""
 
+import io
 import os
 import pathlib
 import re
@@ -11,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from muse_jax.training import logs
 from muse_jax.training.checkpoint import load_stage
@@ -120,3 +122,20 @@ def test_wrong_data_are_said_in_one_message(changes, words, tmp_path, one_device
     said = done.stderr.splitlines()[-1]  # before it XLA may speak of what it finds in the compilation cache
     assert said.startswith("DataError: ")
     assert words in said
+    assert not (tmp_path / "w/config.json").exists()
+
+
+def test_pictures_that_are_all_broken_are_said_in_one_message(tmp_path, one_device):
+    (tmp_path / "pictures").mkdir()
+    for index in range(12):
+        whole = io.BytesIO()
+        pixels = np.random.default_rng(index).integers(0, 255, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(whole, format="JPEG")
+        (tmp_path / f"pictures/{index}.jpg").write_bytes(whole.getvalue()[: whole.tell() // 2])
+    command = [sys.executable, "-m", "muse_jax.train", "--config=configs/pictures/tokenizer_low.py:tiny"]
+    command += [f"--workdir={tmp_path}/w", f"--config.data.path={tmp_path}/pictures"]
+    settings = {"capture_output": True, "text": True, "timeout": 200, "check": False}
+    done = subprocess.run(command, cwd=ROOT, env=one_device, **settings)
+    assert done.returncode == 1
+    assert "are broken; mend them" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
 """Captions of the pictures of a folder: name.txt, metadata.jsonl, metadata.csv."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -55,7 +56,10 @@ class Captions:
         return self.notes
 
     def _read(self, key: str, limit: int = MAX_CAPTION_BYTES) -> str:
-        with open(os.path.join(self._root, key), "rb") as file:
+        path = os.path.join(self._root, key)
+        if not os.path.isfile(path):  # a pipe would block for ever
+            raise OSError(errno.EINVAL, "not a regular file")
+        with open(path, "rb") as file:
             data = file.read(limit)
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             return data.decode("utf-16", "replace")

@@ -114,11 +114,18 @@ def _walk(root: str) -> tuple[tuple[str, int, int], ...]:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
             key = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir():
+            if _is_folder(entry):
                 pending.append(key)
             else:
                 found.append((key, *_size_and_time(entry)))
     return tuple(sorted(found))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
 
 
 def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:
@@ -297,7 +304,7 @@ class FolderSource:
         """The picture and its caption; `seed` draws the crop and the flip.
 
         Raises:
-          RuntimeError: if the picture and all those tried in its place are broken.
+          UnusableError: if the picture and all those tried in its place are broken.
         """
         return self._reader.example(index, seed)
 
@@ -344,7 +351,7 @@ def main(arguments: list[str] | None = None) -> int:
             broken += 1
             print(f"{printable(key)}\t{error}")
     for note in found.notes:
-        print(note)
+        print(printable(note))
     print(f"{len(found.keys) - broken} pictures are usable{'' if options.decode else ' by their headers'}.")
     return 0
 

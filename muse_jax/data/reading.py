@@ -48,7 +48,7 @@ class Reader:
         """The example, or the first sound one in its place.
 
         Raises:
-          RuntimeError: if a thousand examples in its place are broken too.
+          UnusableError: if a thousand examples in its place are broken too.
         """
         for attempt in range(_TRIED):
             at = index if attempt == 0 else int(np.random.default_rng((index, attempt)).integers(self._length))
@@ -64,9 +64,9 @@ class Reader:
                     "Skipped %s (%s); another example stands in for it. So far %d of %d turned out broken.",
                     self._name_of(at), error, len(self.broken), self._length,
                 )  # fmt: skip
-        raise RuntimeError(
-            f"{self._name_of(index)} and all examples tried in its place are broken: "
-            + "; ".join(f"{self._name_of(i)} ({reason})" for i, reason in list(self.broken.items())[:5])
+        raise UnusableError(
+            f"{self._name_of(index)} and all examples tried in its place, of {self._length}, are broken; mend them",
+            "; ".join(f"{self._name_of(i)} ({reason})" for i, reason in list(self.broken.items())[:5]),
         )
 
     def _keep(self, index: int, example: dict[str, Any]) -> dict[str, Any]:

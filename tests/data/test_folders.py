@@ -114,6 +114,7 @@ def zoo(tmp_path):
         file.write(sound)
         file.truncate(65 << 20)  # sparse
     os.symlink("nowhere.png", tmp_path / "dangling.png")
+    os.symlink("circle.png", tmp_path / "circle.png")
     os.mkfifo(tmp_path / "pipe.png")
     os.symlink(tmp_path, tmp_path / "loop")
     (tmp_path / ".hidden.png").write_bytes(b"junk")
@@ -129,7 +130,7 @@ SKIPPED = {
     "not a readable picture": ("half_header.png", "not_a_picture.jpg"),
     "more than 64 megapixels": ("bomb.png",),
     "larger than 64 MiB": ("huge.png",),
-    "not a regular file": ("dangling.png", "pipe.png"),
+    "not a regular file": ("circle.png", "dangling.png", "pipe.png"),
     "format not read (.svg)": ("vector.svg",),
     "format not read (.heic)": ("modern.heic",),
 }
@@ -140,7 +141,7 @@ def test_what_cannot_be_used_is_skipped_counted_and_named(zoo, caplog):
         source = data.make_source(spec_of(zoo))
     assert source.scan.skipped == SKIPPED
     assert set(source.scan.keys) == {f"good{i:02}.png" for i in range(20)} | {"wrong_ending.jpg"}
-    assert "21 of 32 pictures are usable" in caplog.text
+    assert "21 of 33 pictures are usable" in caplog.text
     for reason, names in SKIPPED.items():
         assert f"Skipped {len(names)}, {reason}: {', '.join(names)}" in caplog.text
 
@@ -265,6 +266,16 @@ def test_splits_are_apart_and_keep_when_files_are_added(tmp_path):
         picture(tmp_path / f"{i:03}.png").with_suffix(".txt").write_text("x")
     assert held <= keys("eval")
     assert train <= keys("train")
+
+
+def test_a_caption_that_is_a_pipe_holds_nobody_up(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("a picture")
+    os.mkfifo(tmp_path / "b.txt")
+    found = folders.scan(str(tmp_path))
+    assert found.keys == ("a.png",)
+    assert any("b.txt cannot be read (not a regular file)" in note for note in found.notes)
 
 
 def test_one_picture_is_enough(tmp_path):

@@ -77,6 +77,7 @@ def test_slugs():
 def test_no_file_is_written_twice():
     names = sample.file_names(["a b", "a, b", "a b", "A B"], [0, 0, 1, 0])
     assert names == ["a-b_0.png", "a-b_0_2.png", "a-b_1.png", "a-b_0_3.png"]
+    assert sample.file_names(["a", "a", "a"], [0, 0, 0], ["b", "c", "b"]) == ["a_0.png", "a_0_2.png", "a_0.png"]
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
