@@ -31,6 +31,7 @@ EVAL_SHARE = 0.05  # of the files, by the hash of their names
 NO_CAPTION = "no caption"
 
 _NAMES_SHOWN = 5
+_HASHED = 64  # files of a split, evenly spread, whose content is a part of the fingerprint
 
 LAYOUT = (
     "Expected picture files (JPEG, PNG, WEBP, BMP or GIF) with captions in name.txt beside name.jpg, "
@@ -323,11 +324,17 @@ class FolderSource:
         return made
 
     def fingerprint(self) -> str:
-        """Changes with any picture's name or size, and with any caption."""
+        """Changes with any picture's name or size, with any caption, and with what is in `_HASHED` of the files."""
         digest = hashlib.sha256()
         for i in self._positions:
             key, caption = self.scan.keys[i], self.scan.captions[i]
             digest.update(repr((os.fsencode(key), self.scan.sizes[i], caption)).encode("utf-8", "backslashreplace"))
+        for i in np.unique(np.linspace(0, len(self) - 1, _HASHED).astype(int)):
+            try:
+                with open(os.path.join(self.scan.root, self.key(int(i))), "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            except OSError:  # gone since the scan: another picture stands in for it, and the next scan misses it
+                continue
         total = sum(self.scan.sizes[i] for i in self._positions)
         return f"folder:{len(self)} pictures:{total} bytes:{digest.hexdigest()[:16]}"
 

@@ -311,9 +311,13 @@ def test_the_fingerprint_changes_with_the_data(tmp_path):
     captioned = data.fingerprint(spec)
     picture(tmp_path / name, size=(80, 81))
     resized = data.fingerprint(spec)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-20] ^= 1  # of the same size
+    (tmp_path / name).write_bytes(bytes(content))
+    changed = data.fingerprint(spec)
     os.rename(tmp_path / name, tmp_path / "other.png")
     os.rename((tmp_path / name).with_suffix(".txt"), tmp_path / "other.txt")
-    assert len({before, captioned, resized, data.fingerprint(spec)}) == 4
+    assert len({before, captioned, resized, changed, data.fingerprint(spec)}) == 5
 
 
 def test_a_name_that_is_no_utf8_can_be_reported(tmp_path):
