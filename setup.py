@@ -19,6 +19,7 @@ CONFIGS = ["muse_jax.configs", *(f"muse_jax.configs.{name}" for name in setuptoo
 
 # For muse_jax.convert. It asks for an older protobuf and pyarrow than others would bring, which they run with.
 # sentencepiece's protobuf code asks for protobuf 7 from 0.2.3 on, Beam 2.77 for an older one.
+TFDS_BUILD = ["apache-beam>=2.77", "mlcroissant>=1.0"]  # which TFDS's command imports and does not ask for
 CONVERT = ["apache-beam>=2.77", "pyarrow>=18.0", "sentencepiece<0.2.3"]
 
 setuptools.setup(
@@ -66,6 +67,7 @@ setuptools.setup(
     ],
     extras_require={
         "convert": CONVERT,
+        "tfds_build": TFDS_BUILD,  # `tfds build` of the scenes
         # For muse_jax.compile: libtpu of the version that this jax asks for.
         "tpu_compile": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
         "tpu": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
@@ -73,6 +75,7 @@ setuptools.setup(
         "launch": ["xmanager>=0.8.5"],  # launch/xmanager; the other launchers need nothing from PyPI
         "test": [
             *CONVERT,
+            *TFDS_BUILD,
             "beartype>=0.22",
             "ipykernel>=7.0",  # with the two below, launch/colab's notebook is executed
             "ipywidgets>=8.1",

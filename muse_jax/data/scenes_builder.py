@@ -3,8 +3,8 @@
   tfds build muse_jax/data/scenes_builder.py --data_dir=DIR --file_format=array_record --config=64
 
 writes them to DIR/scenes/64/1.0.0; fewer of them with ``--max_examples_per_split=1000``. TFDS's command
-imports apache-beam and mlcroissant for its other uses, and stops where they are not installed; the same
-build without them is
+imports apache-beam and mlcroissant for its other uses (``pip install -e '.[tfds_build]'``), and stops where
+they are not installed; the same build without them is
 
   python -m muse_jax.data.scenes_builder --data_dir=DIR --config=64
 

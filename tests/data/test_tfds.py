@@ -1,7 +1,6 @@
 """TFDS data sets: the scenes built by its command and read back, and another with labels and many captions."""
 
 import dataclasses
-import pathlib
 import subprocess
 import sys
 
@@ -213,8 +212,14 @@ def test_reading_does_not_import_tensorflow(spec):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_the_builder_is_where_its_documentation_says():
+def test_tfds_builds_the_scenes_as_the_builders_documentation_says(tmp_path, root):
     from muse_jax.data import scenes_builder
 
-    assert "tfds build muse_jax/data/scenes_builder.py" in scenes_builder.__doc__
-    assert pathlib.Path(scenes_builder.__file__).as_posix().endswith("muse_jax/data/scenes_builder.py")
+    command = next(line for line in scenes_builder.__doc__.splitlines() if line.startswith("  tfds build "))
+    words = command.replace("=DIR", f"={tmp_path}").split()
+    words = [sys.executable, "-m", "tensorflow_datasets.scripts.cli.main", *words[1:], "--max_examples_per_split=3"]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    spec = DataSpec(name="tfds", image_size=64, dataset="scenes/64", path=str(tmp_path), text_key="caption")
+    source = data.make_source(spec)
+    assert {source[i]["text"] for i in range(3)} == {scenes_builder.scenes.scene(i).caption for i in range(3)}
