@@ -121,7 +121,7 @@ class Logs:
         """Writes each [n, h, w, 3] uint8 array as a grid: samples/NAME-STEP.png, and in TensorBoard."""
         grids = {name: grid(np.asarray(images)) for name, images in pictures.items()}
         for name, pixels in grids.items():
-            self._pictures.put((self._workdir / "samples" / f"{name.replace('/', '_')}-{step:07d}.png", pixels))
+            self._pictures.put((_picture(self._workdir, name, step), pixels))
         if self._events:
             self._events.put(("images", step, {f"samples/{name}": pixels[None] for name, pixels in grids.items()}))
 
@@ -187,6 +187,16 @@ def grid(images: np.ndarray, least: int = 64) -> np.ndarray:
     joined = joined.reshape(rows * height, columns * width, channels)
     times = max(1, math.ceil(least / height))
     return joined.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def _picture(workdir: epath.Path, name: str, step: int) -> epath.Path:
+    return workdir / "samples" / f"{name.replace('/', '_')}-{step:07d}.png"
+
+
+def were_drawn(workdir: Any, step: int) -> bool:
+    """Whether a run has pictures of a step."""
+    pattern = _picture(epath.Path(workdir), "*", step)
+    return any(pattern.parent.glob(pattern.name))
 
 
 def read_metrics(workdir: Any) -> list[dict[str, Any]]:

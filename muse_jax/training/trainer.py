@@ -273,6 +273,8 @@ class _Run:
 
     def _to_the_end(self) -> Result:
         total, every = self.spec.train, self.spec.checkpoint.every_steps
+        if 0 < self.step < total.steps:
+            self._catch_up()
         while self.step < total.steps:
             self._one_step()
             last = self.step == total.steps
@@ -291,6 +293,21 @@ class _Run:
         self._stop_if_asked()
         self._log({logging.FINISHED: True})
         return Result(self.step, self.latest)
+
+    def _catch_up(self) -> None:
+        """Evaluates, and draws, if the run was stopped before it did so at the step that it goes on from."""
+
+        def done() -> tuple[bool, bool]:
+            lines = (line for line in logging.read_metrics(self.workdir) if line["step"] == self.step)
+            evaluated = any(name.startswith("eval/") for line in lines for name in line)
+            return evaluated, logging.were_drawn(self.workdir, self.step)
+
+        evaluated, drawn = hosts.from_leader("looking for what was left out", done)
+        every = self.spec.train
+        if every.eval_every and self.step % every.eval_every == 0 and not evaluated:
+            self._evaluate()
+        if every.sample_every and self.step % every.sample_every == 0 and not drawn:
+            self._samples()
 
     def _one_step(self) -> None:
         self._stop_if_asked()

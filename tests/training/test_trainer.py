@@ -185,6 +185,12 @@ def test_sigterm_while_evaluating_or_drawing_saves_and_goes_on_to_the_same_bits(
     toys.train(run, tmp_path / "whole")
     run_bits, whole_bits = (toys.bits(load_stage(tmp_path / name).params) for name in ("run", "whole"))
     assert run_bits == whole_bits
+    lines, drawn = (
+        [[line for line in logs.read_metrics(tmp_path / name) if "eval/loss" in line] for name in ("run", "whole")],
+        [sorted(os.listdir(tmp_path / name / "samples")) for name in ("run", "whole")],
+    )
+    assert lines[0] == lines[1]
+    assert drawn[0] == drawn[1]
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
