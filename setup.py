@@ -19,8 +19,8 @@ CONFIGS = ["muse_jax.configs", *(f"muse_jax.configs.{name}" for name in setuptoo
 
 # For muse_jax.convert. It asks for an older protobuf and pyarrow than others would bring, which they run with.
 # sentencepiece's protobuf code asks for protobuf 7 from 0.2.3 on, Beam 2.77 for an older one.
-TFDS_BUILD = ["apache-beam>=2.77", "mlcroissant>=1.0"]  # which TFDS's command imports and does not ask for
 CONVERT = ["apache-beam>=2.77", "pyarrow>=18.0", "sentencepiece<0.2.3"]
+TFDS_BUILD = ["apache-beam>=2.77", "mlcroissant>=1.0"]  # which TFDS's command imports and does not ask for
 
 setuptools.setup(
     name="muse_jax",

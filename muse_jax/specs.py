@@ -579,16 +579,34 @@ def _check_numbers(spec: Spec) -> None:
         _below_one(spec.model.text, ("dropout",), "model.text")
 
 
+def label_spec(spec: OptimizerSpec, label: str) -> OptimizerSpec:
+    """The optimizer section as it is for one label.
+
+    Raises:
+      SpecError: for a field that doesn't exist, that can't differ by label, or of the wrong type.
+    """
+    shared = ("overrides", "accumulate", "ema_decay", "gradient_dtype")
+    fields = {f.name: f.type for f in dataclasses.fields(spec) if f.name not in shared}
+    changes = spec.overrides.get(label, {})
+    if not isinstance(changes, Mapping):
+        raise SpecError(f"optimizer.overrides.{label} is {changes!r}; expected a section with keys of OptimizerSpec.")
+    changes = dict(changes)
+    for key, value in changes.items():
+        path = f"optimizer.overrides.{label}.{key}"
+        if key not in fields:
+            raise SpecError(f"{path} can't be set; known keys: {', '.join(sorted(fields))}.")
+        wanted = type(getattr(spec, key))
+        if wanted is float and type(value) is int:
+            changes[key] = value = float(value)
+        if type(value) is not wanted:
+            raise SpecError(f"{path} is {value!r}, of type {type(value).__name__}; expected {wanted.__name__}.")
+    return dataclasses.replace(spec, overrides={}, **changes)
+
+
 def _check_optimizers(spec: OptimizerSpec) -> None:
-    """The settings that every label has for itself; that labels and fields exist is for `training.optimizer`."""
-    types_of = {field.name: type(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
-    sections: dict[str, OptimizerSpec] = {"optimizer": spec}
-    for label, changes in spec.overrides.items():
-        path = f"optimizer.overrides.{label}"
-        if not isinstance(changes, Mapping):
-            raise SpecError(f"{path} is {changes!r}; expected a section with keys of OptimizerSpec.")
-        known = {name: _convert(types_of[name], v, f"{path}.{name}") for name, v in changes.items() if name in types_of}
-        sections[path] = dataclasses.replace(spec, **known)
+    """The settings that every label has for itself; that there are such labels only the parameters know."""
+    sections = {f"optimizer.overrides.{label}": label_spec(spec, label) for label in spec.overrides}
+    sections = {"optimizer": spec, **sections}
     for path, section in sections.items():
         _one_of(section.name, ("adamw", "adafactor", "muon"), f"{path}.name")
         _one_of(section.schedule, ("cosine", "constant", "linear"), f"{path}.schedule")

@@ -5,7 +5,6 @@ optimizer does with a parameter depends on its logical axes: stacked layers ("la
 treated layer by layer, as if they had never been stacked.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from muse_jax.specs import OptimizerSpec, SpecError
+from muse_jax.specs import OptimizerSpec, SpecError, label_spec
 from muse_jax.training import trees
 from muse_jax.training.sharding import LAYERS
 
@@ -51,27 +50,6 @@ def make_optimizer(spec: OptimizerSpec, labels: Any, axes: Axes, steps: int) -> 
         for label in present
     }
     return optax.partition(transforms, labels)
-
-
-def label_spec(spec: OptimizerSpec, label: str) -> OptimizerSpec:
-    """The optimizer section as it is for one label.
-
-    Raises:
-      SpecError: for a field that doesn't exist, that can't differ by label, or of the wrong type.
-    """
-    shared = ("overrides", "accumulate", "ema_decay", "gradient_dtype")
-    fields = {f.name: f.type for f in dataclasses.fields(spec) if f.name not in shared}
-    changes = dict(spec.overrides.get(label, {}))
-    for key, value in changes.items():
-        path = f"optimizer.overrides.{label}.{key}"
-        if key not in fields:
-            raise SpecError(f"{path} can't be set; known keys: {', '.join(sorted(fields))}.")
-        wanted = type(getattr(spec, key))
-        if wanted is float and type(value) is int:
-            changes[key] = value = float(value)
-        if type(value) is not wanted:
-            raise SpecError(f"{path} is {value!r}, of type {type(value).__name__}; expected {wanted.__name__}.")
-    return dataclasses.replace(spec, overrides={}, **changes)
 
 
 def make_schedule(spec: OptimizerSpec, steps: int, peak: float | None = None) -> Callable[[Any], jax.Array]:

@@ -117,16 +117,16 @@ def _finished(spec: specs.Spec, workdir: Any) -> dict[str, Any] | None:
         described = json.loads((epath.Path(workdir) / CONFIG).read_text())
     except (IndexError, OSError, ValueError, reading.Damaged):
         return None
-    resume.check_config(specs.completed(meta["config"]), specs.to_config(spec), meta["step"])
+    config = specs.to_config(spec)
+    resume.check_config(specs.completed(meta["config"]), config, meta["step"])
     lines = logging.read_metrics(workdir)
     if meta["step"] < spec.train.steps or not lines or not lines[-1].get(logging.FINISHED):
         return None
-    if resume.paths_changed(specs.completed(described), specs.to_config(spec)) or not _whole(newest, meta):
+    if resume.paths_changed(specs.completed(described), config) or not _whole(newest, meta):
         return None
-    sample = {"sample": specs.to_config(spec)["sample"]}
-    if described != {**described, **sample}:  # what else is free has nothing to say once the run is over
+    if described.get("sample") != config["sample"]:  # what else is free has nothing to say once the run is over
         with resume.lock(workdir):
-            write_json(epath.Path(workdir) / CONFIG, {**described, **sample})
+            write_json(epath.Path(workdir) / CONFIG, {**described, "sample": config["sample"]})
     return {"step": meta["step"], "metrics": _latest(lines)}
 
 
