@@ -137,7 +137,7 @@ def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any
     kept = list(range(len(output.prompts)))
     if values.best_of > 1:
         captions = sample.captions(pipeline, output.prompts)
-        kept = ranking.best(output.images, captions, values.best_of, pipeline.image_size)
+        kept = ranking.best(list(output.images), captions, values.best_of, pipeline.image_size)
     out = pathlib.Path(values.out)
     pictures = _write(out, output, kept, values.image, strip=name == "edit")
     about = {"command": list(command), "method": name, "pipeline": values.pipeline or "packaged"}

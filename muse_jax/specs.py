@@ -433,6 +433,8 @@ def from_stored(config: Any) -> Spec:
     tree = json.loads(config.to_json_best_effort()) if hasattr(config, "to_json_best_effort") else config
     sections = {field.name for field in dataclasses.fields(Spec)}
     _check_keys(tree, sections, "config")
+    for name in sections & tree.keys() - {"seed"}:
+        _check_section(tree[name], name)
     built = {name: _named(table, tree.get(name, {}), name) for name, table in NAMED.items()}
     built |= {name: _build(cls, tree.get(name, {}), name) for name, cls in SECTIONS.items()}
     for name in ("rules", "frozen_rules"):
@@ -467,8 +469,6 @@ def _named(table: Mapping[str, type], tree: Mapping[str, Any], path: str) -> Any
 
 
 def _build(cls: type, tree: Any, path: str) -> Any:
-    if not isinstance(tree, Mapping):
-        raise SpecError(f"{path} is {tree!r}; expected a section with the keys of {cls.__name__}.")
     hints = typing.get_type_hints(cls)
     _check_keys(tree, set(hints), path)
     missing = [
@@ -485,7 +485,13 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     return cls(**{key: _convert(hints[key], value, f"{path}.{key}") for key, value in tree.items()})
 
 
-def _check_keys(tree: Mapping[str, Any], known: set[str], path: str) -> None:
+def _check_section(tree: Any, path: str) -> None:
+    if not isinstance(tree, Mapping):
+        raise SpecError(f"{path} is {tree!r}; expected a section of keys and values.")
+
+
+def _check_keys(tree: Any, known: set[str], path: str) -> None:
+    _check_section(tree, path)
     for key in tree:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)

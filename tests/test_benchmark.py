@@ -84,7 +84,7 @@ def test_a_share_is_of_the_yardsticks_rate():
     assert found["share_lowest"] <= found["share"] <= found["share_highest"]
 
 
-def test_the_command():
+def test_the_command(one_device):
     command = [
         sys.executable,
         "-m",
@@ -93,7 +93,7 @@ def test_the_command():
         "--json",
         "--only=train/wide,sample,load/tokenizer_low",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=one_device, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert set(found["cases"]) == {"train/wide", "sample/wide", "load/tokenizer_low"}

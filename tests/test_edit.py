@@ -1,8 +1,6 @@
 """`python -m muse_jax.edit` on the tiny quickstart's pipeline: what each way of editing leaves."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,12 +10,15 @@ from PIL import Image
 from muse_jax import edit
 from muse_jax.data import scenes
 
+PIPELINE = "--pipeline=runs/quickstart/pipeline"
 PROMPT = "a large red circle on a white background"
 
 
-def run(cwd, *flags):
-    command = [sys.executable, "-m", "muse_jax.edit", "--pipeline=runs/quickstart/pipeline", *flags]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+def parsed(*flags):
+    values = absl_flags.FlagValues()
+    edit.define_flags(values)
+    values(["edit", *flags])
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +39,18 @@ def here(tiny_quickstart):
         (["--num_inference_steps=3", "--num_images_per_prompt=2"], "edit", (64, 64)),
     ],
 )
-def test_it_leaves_what_it_names(here, flags, method, size):
+def test_it_leaves_what_it_names(here, monkeypatch, capsys, flags, method, size):
+    monkeypatch.chdir(here)
     out = here / "edited" / method / str(len(flags))
-    done = run(here, "--image=picture.png", f"--prompt={PROMPT}", f"--out={out}", *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
+    edit.edit(parsed(PIPELINE, "--image=picture.png", f"--prompt={PROMPT}", f"--out={out}", *flags))
+    said = capsys.readouterr().out
     record = json.loads((out / "edits.json").read_text())
     assert record["method"] == method
     assert len(record["pictures"]) == (2 if "--num_images_per_prompt=2" in flags else 1)
     for picture in record["pictures"]:
         with Image.open(out / picture["file"]) as made:
             assert made.size == size
-        assert picture["file"] in done.stdout
+        assert picture["file"] in said
     expected = {"grid.png", "edits.json", *(p["file"] for p in record["pictures"])}
     assert {path.name for path in out.iterdir()} == expected | ({"strip.png"} if method == "edit" else set())
     if method == "inpaint":
@@ -77,18 +79,9 @@ def test_it_leaves_what_it_names(here, flags, method, size):
 )
 def test_what_cannot_work_names_the_mend(here, monkeypatch, flags, message):
     monkeypatch.chdir(here)
-    values = absl_flags.FlagValues()
-    edit.define_flags(values)
-    values(["edit", "--pipeline=runs/quickstart/pipeline", *flags])
+    values = parsed(PIPELINE, *flags)
     with pytest.raises(ValueError, match=message):
         edit.edit(values)
-
-
-def parsed(*flags):
-    values = absl_flags.FlagValues()
-    edit.define_flags(values)
-    values(["edit", *flags])
-    return values
 
 
 @pytest.mark.parametrize(

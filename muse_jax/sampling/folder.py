@@ -43,8 +43,9 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, epath.Path], dict[st
         )
     try:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        version, stages = content["format"], dict(content["stages"])
-    except (ValueError, KeyError, TypeError) as error:
+        version, manifest = content["format"], dict(content.get("manifest") or {})
+        stages = {name: os.fspath(where) for name, where in content["stages"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PipelineError(f"{folder / FILE} is damaged ({error!r}); write the pipeline again.") from error
     if version != FORMAT:
         raise PipelineError(
@@ -57,7 +58,7 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, epath.Path], dict[st
         raise PipelineError(
             f"{folder} lacks the folders of {', '.join(gone)}; copy the whole folder, or write it again."
         )
-    return {name: folder / where for name, where in stages.items()}, dict(content.get("manifest") or {})
+    return {name: folder / where for name, where in stages.items()}, manifest
 
 
 def write(

@@ -170,9 +170,12 @@ def _packaged(stage: str) -> epath.Path:
     return folder / stages[stage]
 
 
-def _read_json(path: epath.Path) -> Any:
+def _read_json(path: epath.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not an object")
+        return found
     except FileNotFoundError as error:
         raise StageError(f"{path} is missing; {path.parent} is no stage folder.") from error
     except ValueError as error:

@@ -236,6 +236,11 @@ def test_metadata_faults_are_reported(tmp_path):
     summary = folders.scan(str(tmp_path)).summary()
     assert "2 rows without file_name and text as strings (columns: file_name, name, text)" in summary
     assert "1 rows name files that are not there (b.png, ...)" in summary
+    picture(tmp_path / "sub/c.png").with_suffix(".txt").write_text("c")
+    (tmp_path / "sub/metadata.jsonl").write_text('{"file_name": "../a.png", "text": "from below"}')
+    assert captions_of(tmp_path) == {"a.png": "fine", "sub/c.png": "c"}
+    summary = folders.scan(str(tmp_path)).summary()
+    assert "sub/metadata.jsonl: 1 rows name files outside its folder (../a.png, ...)" in summary
 
 
 def test_a_tokenizer_needs_no_captions_but_only_where_there_are_none(tmp_path):

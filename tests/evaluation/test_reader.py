@@ -49,7 +49,7 @@ def _two(first, second, background="white", centers=((0.3, 0.5), (0.7, 0.5)), di
 
 @pytest.mark.parametrize("size", [32, 48, 64, 100])
 def test_true_renderings_are_read_right(size):
-    items = scenes.scenes(range(400 if size < 100 else 60), seed=11)
+    items = scenes.scenes(range(200 if size < 100 else 40), seed=11)
     readings = reader.read_batch(scenes.render_batch(items, size))
     wrong = [(i, e) for i, (item, r) in enumerate(zip(items, readings, strict=True)) for e in _errors(item, r)]
     assert not wrong
@@ -79,7 +79,7 @@ def test_places_and_diameters_are_subpixel(size):
     ids=["blur32", "blur64", "noise32", "noise64", "both32", "faded32"],
 )
 def test_slightly_spoilt_pictures_are_read_right(spoil, size):
-    items = scenes.scenes(range(250), seed=12)
+    items = scenes.scenes(range(150), seed=12)
     readings = reader.read_batch(spoil(scenes.render_batch(items, size)))
     wrong = sum(len(_errors(item, r)) for item, r in zip(items, readings, strict=True))
     statements = sum(2 + 3 * len(item.objects) for item in items)

@@ -16,7 +16,7 @@ NAMES = [" ".join(pair) for pair in scenes.CLASSES]
 class Painter:
     """True pictures of what it is asked from 4 steps on, grey ones before; by the linear schedule from 8 on."""
 
-    max_batch_size = 16
+    max_batch_size = 8
     image_size = 32
 
     def __init__(self, by_class):
@@ -45,8 +45,8 @@ class Painter:
 @pytest.mark.parametrize("by_class", [True, False])
 def test_a_sweep(by_class, tmp_path):
     painter, made = Painter(by_class), []
-    found = sweep.measure(painter, 20, (2, 4, 8), seed=3, advance=made.append)
-    assert sum(made) == 20 * 3 * (len(sweep.SCHEDULES) + len(sweep.SAMPLERS))
+    found = sweep.measure(painter, 10, (2, 4, 8), seed=3, advance=made.append)
+    assert sum(made) == 10 * 3 * (len(sweep.SCHEDULES) + len(sweep.SAMPLERS))
     assert set(found["schedules"]) >= {"cosine", "linear", "square", "cubic", "circle", "sqrt", "log"}
     cosine, linear = found["schedules"]["cosine"], found["schedules"]["linear"]
     assert [row["steps"] for row in cosine] == [2, 4, 8]
@@ -56,7 +56,7 @@ def test_a_sweep(by_class, tmp_path):
     assert found["true"] < found["tokenizer"]
     assert json.loads(json.dumps(found)) == found
     # The same prompts and seeds every time, so that they are compared on nothing else.
-    assert len({call[:2] for call in painter.calls}) == 2, "20 pictures in batches of 16"
+    assert len({call[:2] for call in painter.calls}) == 2, "10 pictures in batches of 8"
     text = sweep.table(found)
     assert all(name in text for name in (*sweep.SCHEDULES, *sweep.SAMPLERS))
     figures.sweep(tmp_path / "sweep.png", found)

@@ -307,9 +307,10 @@ def test_folders_that_are_no_pipeline_are_refused_with_the_mend(pipeline, tmp_pa
         MusePipeline.load(written(stages={**content["stages"], "critic": "critic"}))
     with pytest.raises(PipelineError, match="lacks the folders of base"):
         MusePipeline.load(written(stages={**content["stages"], "base": "gone"}))
-    file.write_text("{")
-    with pytest.raises(PipelineError, match="is damaged"):
-        MusePipeline.load(folder)
+    for text in ("{", "[]", '{"format": 1, "stages": ["base"]}', '{"format": 1, "stages": {"base": 1}}'):
+        file.write_text(text)
+        with pytest.raises(PipelineError, match="is damaged"):
+            MusePipeline.load(folder)
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,15 @@ def test_damaged_stage_folders_are_refused(tmp_path):
     weights.unlink()
     with pytest.raises(StageError, match="neither params.safetensors nor checkpoints"):
         load_stage(tmp_path / "stage")
+    config = json.loads((tmp_path / "stage/config.json").read_text())
+    for wrong, message in (
+        ([], "config.json is damaged: it holds a list"),
+        ({**config, "task": []}, r"config.json doesn't fit .* task is \[\]; expected a section"),
+        ({**config, "rules": 3}, "config.json doesn't fit .* rules is 3; expected a section"),
+    ):
+        (tmp_path / "stage/config.json").write_text(json.dumps(wrong))
+        with pytest.raises(StageError, match=message):
+            load_stage(tmp_path / "stage")
     (tmp_path / "stage/config.json").unlink()
     with pytest.raises(StageError, match="config.json is missing"):
         load_stage(tmp_path / "stage")
