@@ -124,7 +124,11 @@ def to_rgb(image: Image.Image, paper: str = "white") -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(np.asarray(image), image.mode)).convert("RGB")
+        values = np.asarray(image)
+        page = Image.fromarray(_eight_bits(values, image.mode)).convert("RGB")
+        if "transparency" in image.info:  # the one value that stands for nothing
+            page.paste(paper, mask=Image.fromarray(values == image.info["transparency"]))
+        return page
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         page = Image.new("RGB", image.size, paper)

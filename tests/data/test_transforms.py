@@ -145,6 +145,12 @@ def test_a_transparent_palette_entry_becomes_white():
     assert np.asarray(result)[0].tolist() == [[255, 255, 255], [0, 0, 255]]
 
 
+def test_a_transparent_grey_of_sixteen_bits_becomes_white():
+    values = np.array([[300, 65535 // 2]], np.uint16)
+    result = transforms.to_rgb(Image.open(encoded(Image.fromarray(values), transparency=300)))
+    assert np.asarray(result)[0].tolist() == [[255, 255, 255], [127, 127, 127]]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
     # The picture as a viewer shows it, and how a camera that was held otherwise stores it.
