@@ -173,7 +173,7 @@ def _write(out: pathlib.Path, output: Any, kept: Sequence[int], image: str, stri
         columns = {"given": [given] * len(titles), **columns}
     sample.write_whole(out / "grid.png", lambda path: figures.samples(path, titles, columns))
     if strip:
-        rows = {f"seed {seeds[n]}": output.decoding(i)["base"].images for n, i in enumerate(kept[:4])}
+        rows = {f"seed {seeds[n]}": list(output.decoding(i)["base"].images) for n, i in enumerate(kept[:4])}
         sample.write_whole(out / "strip.png", lambda path: figures.decoding(path, titles[0], rows))
     return [
         {"file": name, "prompt": prompt, "seed": seed} for name, prompt, seed in zip(names, prompts, seeds, strict=True)

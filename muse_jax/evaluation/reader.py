@@ -164,7 +164,7 @@ def _background(picture: np.ndarray) -> Float[np.ndarray, "3"]:
     return np.median(picture[names == most], axis=0)
 
 
-def _object_share(difference: np.ndarray, background: np.ndarray) -> Float[np.ndarray, "s s"]:
+def _object_share(difference: np.ndarray, background: np.ndarray) -> Float[np.ndarray, "h w"]:
     """How much of each pixel is an object's colour, the rest being background; 0 to 1.
 
     A pixel of a soft edge is background + share * (colour - background), for the colour of the
