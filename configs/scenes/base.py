@@ -3,7 +3,7 @@
     python -m muse_jax.train --config=configs/scenes/base.py --workdir=runs/scenes/base \
         --config.task.tokenizer=runs/scenes/tokenizer_low
 
-About 6 minutes on 2 CPU cores. Variants: "" (quickstart), "long" (better, slower), "tiny" (for tests).
+About 12 minutes on one CPU core. Variants: "" (quickstart), "long" (better, slower), "tiny" (for tests).
 """
 
 import ml_collections

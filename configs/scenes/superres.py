@@ -3,7 +3,7 @@
     python -m muse_jax.train --config=configs/scenes/superres.py --workdir=runs/scenes/superres \
         --config.task.tokenizer=runs/scenes/tokenizer_high --config.task.low_tokenizer=runs/scenes/tokenizer_low
 
-About 4 minutes on 2 CPU cores. Variants: "" (quickstart), "long" (better, slower), "tiny" (for tests).
+About 7 minutes on one CPU core. Variants: "" (quickstart), "long" (better, slower), "tiny" (for tests).
 """
 
 import ml_collections
