@@ -431,14 +431,12 @@ def from_stored(config: Any) -> Spec:
       SpecError: for unknown keys, missing ones and wrong types.
     """
     tree = json.loads(config.to_json_best_effort()) if hasattr(config, "to_json_best_effort") else config
-    sections = {field.name for field in dataclasses.fields(Spec)}
-    _check_keys(tree, sections, "config")
-    for name in sections & tree.keys() - {"seed"}:
-        _check_section(tree[name], name)
+    tree = _section(tree, "config")
+    _check_keys(tree, {field.name for field in dataclasses.fields(Spec)}, "config")
     built = {name: _named(table, tree.get(name, {}), name) for name, table in NAMED.items()}
     built |= {name: _build(cls, tree.get(name, {}), name) for name, cls in SECTIONS.items()}
     for name in ("rules", "frozen_rules"):
-        built[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(tree.get(name, {})).items()}
+        built[name] = {k: tuple(v) if isinstance(v, list) else v for k, v in _section(tree.get(name, {}), name).items()}
     return Spec(seed=_convert(int, tree.get("seed", 0), "seed"), **built)
 
 
@@ -460,8 +458,14 @@ def completed(stored: Mapping[str, Any]) -> dict[str, Any]:
     return to_config(from_stored(stored))
 
 
-def _named(table: Mapping[str, type], tree: Mapping[str, Any], path: str) -> Any:
-    tree = dict(tree)
+def _section(value: Any, path: str, keys: str = "of keys and values") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{path} is {value!r}; expected a section {keys}.")
+    return dict(value)
+
+
+def _named(table: Mapping[str, type], tree: Any, path: str) -> Any:
+    tree = _section(tree, path)
     name = tree.pop("name", None)
     if name not in table:
         raise SpecError(f"{path}.name is {name!r}; expected one of {', '.join(map(repr, table))}.")
@@ -469,6 +473,7 @@ def _named(table: Mapping[str, type], tree: Mapping[str, Any], path: str) -> Any
 
 
 def _build(cls: type, tree: Any, path: str) -> Any:
+    tree = _section(tree, path, f"with the keys of {cls.__name__}")
     hints = typing.get_type_hints(cls)
     _check_keys(tree, set(hints), path)
     missing = [
@@ -485,13 +490,7 @@ def _build(cls: type, tree: Any, path: str) -> Any:
     return cls(**{key: _convert(hints[key], value, f"{path}.{key}") for key, value in tree.items()})
 
 
-def _check_section(tree: Any, path: str) -> None:
-    if not isinstance(tree, Mapping):
-        raise SpecError(f"{path} is {tree!r}; expected a section of keys and values.")
-
-
-def _check_keys(tree: Any, known: set[str], path: str) -> None:
-    _check_section(tree, path)
+def _check_keys(tree: Mapping[str, Any], known: set[str], path: str) -> None:
     for key in tree:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -593,10 +592,7 @@ def label_spec(spec: OptimizerSpec, label: str) -> OptimizerSpec:
     """
     shared = ("overrides", "accumulate", "ema_decay", "gradient_dtype")
     fields = {f.name: f.type for f in dataclasses.fields(spec) if f.name not in shared}
-    changes = spec.overrides.get(label, {})
-    if not isinstance(changes, Mapping):
-        raise SpecError(f"optimizer.overrides.{label} is {changes!r}; expected a section with keys of OptimizerSpec.")
-    changes = dict(changes)
+    changes = _section(spec.overrides.get(label, {}), f"optimizer.overrides.{label}", "with keys of OptimizerSpec")
     for key, value in changes.items():
         path = f"optimizer.overrides.{label}.{key}"
         if key not in fields:
@@ -682,9 +678,7 @@ def mixture_parts(data: DataSpec) -> dict[str, tuple[float, DataSpec]]:
     parts = {}
     for label, tree in data.sources.items():
         path = f"data.sources.{label}"
-        if not isinstance(tree, Mapping):
-            raise SpecError(f"{path} is {tree!r}; expected a section with a weight and keys of DataSpec.")
-        changes = dict(tree)
+        changes = _section(tree, path, "with a weight and keys of DataSpec")
         if "weight" not in changes:
             raise SpecError(f"{path}.weight is missing; give each source of a mixture its weight.")
         weight = _convert(float, changes.pop("weight"), f"{path}.weight")
