@@ -233,7 +233,8 @@ class FolderSource:
     """The pictures of a folder's split, by index; see `muse_jax.data.make_source`.
 
     A file whose pixels turn out to be broken is replaced by another one, the same on every machine and
-    in every epoch; `broken` has its key and the reason.
+    in every epoch; `broken` has its key and the reason. Where all that is held out is broken, as the one
+    such picture of a small folder may be, training pictures stand in for it.
 
     Args:
       spec: `path`, `image_size`, `text_key` ("text" if empty), `crop`, `flip`, `min_side`, `max_aspect` and
@@ -252,13 +253,22 @@ class FolderSource:
         )
         _log_once(self.scan.summary(), logging.WARNING if self.scan.skipped or self.scan.notes else logging.INFO)
         self._spec = spec
-        self._positions = np.array(split_positions(self.scan, split, spec.split, spec.eval_split), np.int64)
+        positions, spares = (
+            np.array(split_positions(self.scan, part, spec.split, spec.eval_split), np.int64)
+            for part in (split, "train")
+        )
+        self._positions = positions
+        self._read_from = np.concatenate([positions, spares]) if split == "eval" else positions
         self._has_text = any(self.scan.captions)
         self._classes = self._find_classes() if spec.vocabulary == "classes" else []
         if not len(self._positions):
             raise ValueError(f"The {split} split has no picture. {self.scan.summary()}")
         self._reader = Reader(
-            self._read, length=len(self), name_of=self._name, fixed=spec.crop == "center" and not spec.flip
+            self._read,
+            length=len(self),
+            name_of=self._name,
+            fixed=spec.crop == "center" and not spec.flip,
+            spares=len(self._read_from) - len(self),
         )
 
     def _find_classes(self) -> list[str]:
@@ -295,7 +305,7 @@ class FolderSource:
 
     def key(self, index: int) -> str:
         """The picture's path below the folder."""
-        return self.scan.keys[self._positions[index]]
+        return self.scan.keys[self._read_from[index]]
 
     def captions(self) -> Iterator[str]:
         """Every caption of the split."""
@@ -318,7 +328,7 @@ class FolderSource:
         transforms.check_file_size(path)  # the file may have changed since the scan
         made = {"image": transforms.decode(path, spec.image_size, crop=spec.crop, flip=spec.flip, seed=seed)}
         if self._has_text:
-            made["text"] = self.scan.captions[self._positions[index]]
+            made["text"] = self.scan.captions[self._read_from[index]]
         if self._classes:
             made["label"] = self._classes.index(self._folder(self.key(index)))
         return made

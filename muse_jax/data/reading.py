@@ -27,6 +27,7 @@ class Reader:
       length: number of examples.
       name_of: an example's name for the log, from its index.
       fixed: whether the seed makes no difference.
+      spares: number of examples with the indices after those, for when all of those that were tried are broken.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class Reader:
         length: int,
         name_of: Callable[[int], str],
         fixed: bool,
+        spares: int = 0,
     ):
         self._read = read
         self._length = length
+        self._spares = spares
         self._name_of = name_of
         self._kept: dict[int, dict[str, Any]] = {}
         self._room = CACHE_BYTES if fixed else 0
@@ -48,10 +51,10 @@ class Reader:
         """The example, or the first sound one in its place.
 
         Raises:
-          UnusableError: if a thousand examples in its place are broken too.
+          UnusableError: if a thousand examples in its place, and as many spare ones, are broken too.
         """
-        for attempt in range(_TRIED):
-            at = index if attempt == 0 else int(np.random.default_rng((index, attempt)).integers(self._length))
+        for attempt in range(2 * _TRIED if self._spares else _TRIED):
+            at = self._tried(index, attempt)
             if at in self._kept:
                 return self._kept[at]
             if at in self.broken:
@@ -68,6 +71,12 @@ class Reader:
             f"{self._name_of(index)} and all examples tried in its place, of {self._length}, are broken; mend them",
             "; ".join(f"{self._name_of(i)} ({reason})" for i, reason in list(self.broken.items())[:5]),
         )
+
+    def _tried(self, index: int, attempt: int) -> int:
+        if attempt == 0:
+            return index
+        draw = np.random.default_rng((index, attempt)).integers
+        return int(draw(self._length) if attempt < _TRIED else self._length + draw(self._spares))
 
     def _keep(self, index: int, example: dict[str, Any]) -> dict[str, Any]:
         if not self._room:

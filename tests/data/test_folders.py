@@ -13,6 +13,7 @@ from PIL import Image
 
 from muse_jax import data
 from muse_jax.data import folders
+from muse_jax.data.transforms import UnusableError
 from muse_jax.specs import DataSpec
 
 
@@ -192,6 +193,34 @@ def test_pixels_that_turn_out_broken_are_replaced_and_counted(tmp_path, caplog):
     for i in reversed(range(len(source))):
         np.testing.assert_array_equal(other[i]["image"], first[i]["image"])
         assert other[i]["text"] == first[i]["text"]
+
+
+@pytest.mark.parametrize("held_out", ["", "test/0.png"])
+def test_training_pictures_stand_in_where_all_that_is_held_out_is_broken(tmp_path, held_out):
+    """Of a small folder one picture is held out, and that may be the broken one."""
+
+    def cut(path):  # a sound header, half of the pixels
+        path.write_bytes(path.read_bytes()[:2000])
+
+    names = [held_out, *(f"train/{i}.png" for i in range(6))] if held_out else [f"{i}.png" for i in range(6)]
+    for i, name in enumerate(names):
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)
+        picture(tmp_path / name)
+        Image.fromarray(pixels).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(f"picture {i}")
+    held_out = held_out or data.make_source(spec_of(tmp_path), "eval").key(0)
+    cut(tmp_path / held_out)
+    source = data.make_source(spec_of(tmp_path), "eval")
+    assert [source.key(i) for i in range(len(source))] == [held_out]
+    example = source[0]
+    assert example["text"] in set(data.make_source(spec_of(tmp_path), "train").captions())
+    assert set(source.broken) == {held_out}
+    np.testing.assert_array_equal(data.make_source(spec_of(tmp_path), "eval")[0]["image"], example["image"])
+
+    for name in names:
+        cut(tmp_path / name)
+    with pytest.raises(UnusableError, match="are broken; mend them"):
+        data.make_source(spec_of(tmp_path), "eval")[0]
 
 
 def test_a_file_that_vanishes_during_the_run_is_replaced(tmp_path):
