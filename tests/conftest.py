@@ -17,9 +17,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # and leave an accelerator that the machine
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Compiling is most of what the tests do; XLA's costly optimizations change no meaning.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# Workers already take all cores: splitting a program into parts that are compiled at once is a tenth more work.
+os.environ["XLA_FLAGS"] = "--xla_cpu_parallel_codegen_split_count=1"
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     # which knows the older way to compile a fusion, twice as fast
-    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "1"  # of the calls behind an operation programs name the last alone
 # What a test compiles, commands under test included, the next has ready: within this run, and this worker alone,
 # since nothing locks the folder.
 _compiled = tempfile.TemporaryDirectory(prefix="muse_jax-compiled-")
