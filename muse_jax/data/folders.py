@@ -253,12 +253,10 @@ class FolderSource:
         )
         _log_once(self.scan.summary(), logging.WARNING if self.scan.skipped or self.scan.notes else logging.INFO)
         self._spec = spec
-        positions, spares = (
-            np.array(split_positions(self.scan, part, spec.split, spec.eval_split), np.int64)
-            for part in (split, "train")
-        )
-        self._positions = positions
-        self._read_from = np.concatenate([positions, spares]) if split == "eval" else positions
+        own = split_positions(self.scan, split, spec.split, spec.eval_split)
+        spares = split_positions(self.scan, "train", spec.split, spec.eval_split) if split == "eval" else ()
+        self._read_from = np.array(own + spares, np.int64)
+        self._positions = self._read_from[: len(own)]
         self._has_text = any(self.scan.captions)
         self._classes = self._find_classes() if spec.vocabulary == "classes" else []
         if not len(self._positions):
@@ -268,7 +266,7 @@ class FolderSource:
             length=len(self),
             name_of=self._name,
             fixed=spec.crop == "center" and not spec.flip,
-            spares=len(self._read_from) - len(self),
+            spares=len(spares),
         )
 
     def _find_classes(self) -> list[str]:
