@@ -37,10 +37,14 @@ def stage_spec(path: str, configs: pathlib.Path) -> specs.Spec:
     """The spec of a stage: of its folder, or of the config of its name in the folder `configs`.
 
     Raises:
-      specs.SpecError: if there is neither.
+      specs.SpecError: if there is neither, or the folder is damaged.
     """
-    if os.path.exists(os.path.join(path, stage.CONFIG)):
-        return stage.read_description(path)[0]
+    try:
+        folder = stage.folder_of(path)
+        if (folder / stage.CONFIG).exists():
+            return stage.read_description(folder)[0]
+    except stage.StageError as error:
+        raise specs.SpecError(str(error)) from error
     config = configs / f"{pathlib.PurePath(path).name}.py"
     if not config.is_file():
         raise specs.SpecError(f"there is no stage {path}, and no config {config} that would train it.")
@@ -72,12 +76,17 @@ def program(spec: specs.Spec, mesh: Any, configs: pathlib.Path) -> step.Program:
 def abstract_mesh(spec: specs.MeshSpec, chips: int = V4_POD_CHIPS) -> AbstractMesh:
     """The mesh of so many chips, which need not exist."""
     sizes = [spec.data, spec.fsdp, spec.tensor]
-    given = math.prod(size for size in sizes if size > 0)
+    given = fewest_chips(spec)
     if -1 in sizes:
         if chips % given:
             raise specs.SpecError(f"mesh axes of {given} devices don't divide {chips} chips; change mesh.")
         sizes[sizes.index(-1)] = chips // given
     return AbstractMesh(tuple(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def fewest_chips(spec: specs.MeshSpec) -> int:
+    """What the mesh takes where its axis of -1, if it has one, is 1."""
+    return math.prod(size for size in (spec.data, spec.fsdp, spec.tensor) if size > 0)
 
 
 def batch(spec: specs.Spec) -> Mapping[str, jax.ShapeDtypeStruct]:

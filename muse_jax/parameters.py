@@ -24,11 +24,12 @@ from muse_jax.training import step, trees
 _FOREIGN = ("text_encoder", "discriminator")  # counted by themselves
 
 
-def program_of(config: str) -> step.Program:
-    """The program of a config (FILE.py or FILE.py:variant) on the chips of Muse, section 3."""
+def program_of(config: str, chips: int = 0) -> step.Program:
+    """The program of a config (FILE.py or FILE.py:variant), on as few chips as its mesh has if 0."""
     spec = specs.from_config(ahead.read_config(config))
     folder = pathlib.Path(config.partition(":")[0]).resolve().parent
-    return ahead.program(spec, ahead.abstract_mesh(spec.mesh), folder)
+    mesh = ahead.abstract_mesh(spec.mesh, chips or ahead.fewest_chips(spec.mesh))
+    return ahead.program(spec, mesh, folder)
 
 
 def counts(program: step.Program) -> dict[str, int]:
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{'config':36}{'model':>16}{'trained state':>16}{'frozen':>16}")
     for config in argv[1:]:
         try:
-            program = program_of(config)
+            program = program_of(config, ahead.V4_POD_CHIPS if _WRITE.value else 0)
         except specs.SpecError as error:
             print(f"SpecError: {config}: {error}", file=sys.stderr)
             sys.exit(1)

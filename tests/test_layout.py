@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from muse_jax import parameters
+from muse_jax import ahead, parameters
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -37,7 +37,7 @@ SIZES = {
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def config(request):
-    return request.param, parameters.program_of(str(ROOT / "configs" / request.param))
+    return request.param, parameters.program_of(str(ROOT / "configs" / request.param), ahead.V4_POD_CHIPS)
 
 
 def test_layouts_are_those_that_were_reviewed(config):
@@ -51,6 +51,14 @@ def test_the_sizes_are_the_papers(config):
     name, program = config
     low, high = SIZES.get(name, (0, float("inf")))
     assert low <= parameters.counts(program)["model"] <= high
+
+
+@pytest.mark.parametrize("config", ["base.py", "superres.py", "tokenizer_low.py"])
+def test_small_configs_are_counted_on_one_chip(config):
+    """Their batches are too small for a pod, their tokenizers come with the package, and codes are shapes here."""
+    program = parameters.program_of(str(ROOT / "configs/scenes" / config))
+    assert program.mesh.size == 1
+    assert parameters.counts(program)["model"] > 1000
 
 
 def test_every_config_has_a_golden_text():

@@ -216,6 +216,7 @@ class Blocks(nn.Module):
             ),
             unroll=min(self.spec.unroll, self.depth),
             metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+            check_constancy_invariants=self.is_initializing(),  # it traces every layer once more
         )
         return scanned(self.spec, name="layers")(x, memory, None, time, condition, deterministic)[0]
 

@@ -291,6 +291,7 @@ class _Stack(nn.Module):
             length=self.layers,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+            check_constancy_invariants=self.is_initializing(),  # it traces every layer once more
         )
         x, _ = stack(
             *(self.heads, self.head_dim, self.mlp_width, self.gated, self.qk_norm),

@@ -117,6 +117,7 @@ class Stack(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+            check_constancy_invariants=self.is_initializing(),  # it traces every layer once more
         )(
             heads=self.heads,
             mlp_width=self.mlp_width,

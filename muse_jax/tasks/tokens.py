@@ -272,23 +272,27 @@ class TokensTask:
         tokens, low_tokens = self.tokens(frozen, batch)
         keys = corruption.example_keys(key, batch["example_id"])
         memory = self._memory(params, frozen, batch, batch["text_mask"], low_tokens)
-        metrics: dict[str, Mean] = {}
-        every = []
-        for ratio in EVALUATED_RATIOS:
-            mask = jax.vmap(lambda k, r=ratio: corruption.random_mask(k, r, self.places))(keys)
-            seen, t = jnp.where(mask, self.spec.model.codebook_size, tokens), ()
+        shares = np.float32(EVALUATED_RATIOS)
+        times = schedules.time(self.spec.task.mask_schedule, shares, self.places) if self.noise else shares
+
+        def at(share: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            mask = jax.vmap(lambda k: corruption.random_mask(k, share, self.places))(keys)
+            seen = jnp.where(mask, self.spec.model.codebook_size, tokens)
             if self.noise:
                 noised = functools.partial(corruption.noised, codebook_size=self.spec.model.codebook_size)
                 seen = jax.vmap(noised)(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), tokens, mask)
-                t = (jnp.asarray(schedules.time(self.spec.task.mask_schedule, ratio, self.places)),)
-            logits = self._apply(params, frozen, "logits", seen, memory, *t)
+            logits = self._apply(params, frozen, "logits", seen, memory, *((t,) if self.noise else ()))
             weights = mask.astype(jnp.float32)
-            loss = losses.weighted_example_mean(losses.cross_entropy(logits, tokens), weights)
             right = losses.accuracy(logits, tokens).astype(jnp.float32)
-            metrics[f"loss/ratio_{ratio:.2f}"] = Mean.of(loss)
-            metrics[f"accuracy/ratio_{ratio:.2f}"] = Mean.of(losses.weighted_example_mean(right, weights))
-            every.append(loss)
-        return metrics | {"loss": Mean.of(jnp.stack(every))}
+            loss = losses.cross_entropy(logits, tokens)
+            return losses.weighted_example_mean(loss, weights), losses.weighted_example_mean(right, weights)
+
+        every, right = jax.lax.map(lambda given: at(*given), (shares, times))  # a loop, to compile the model once
+        metrics = {"loss": Mean.of(every)}
+        for index, ratio in enumerate(EVALUATED_RATIOS):
+            metrics[f"loss/ratio_{ratio:.2f}"] = Mean.of(every[index])
+            metrics[f"accuracy/ratio_{ratio:.2f}"] = Mean.of(right[index])
+        return metrics
 
     def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
         """The batch's first prompts, drawn as the config's `sample` section says; true pictures above."""
@@ -332,7 +336,10 @@ def _boxed(boxes: Params, values: Params) -> Params:
 
 def _directions(tokenizer: Tokenizer, width: int, key: jax.Array) -> jax.Array:
     """A random projection of the tokenizer's codes to vectors of unit variance, [codes, width]."""
-    codes = jnp.asarray(tokenizer.params["quantizer"]["codebook"], jnp.float32)
+    codes = tokenizer.params["quantizer"]["codebook"]
+    if isinstance(codes, jax.ShapeDtypeStruct):  # of a run as shapes, ahead of time
+        codes = jnp.zeros(codes.shape)
+    codes = jnp.asarray(codes, jnp.float32)
     codes = codes / jnp.sqrt(jnp.mean(jnp.sum(jnp.square(codes), axis=-1)))
     return codes @ jax.random.normal(key, (codes.shape[-1], width))
 

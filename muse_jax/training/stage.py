@@ -56,8 +56,7 @@ def load_stage(path: Any) -> Stage:
     Raises:
       StageError: if the folder isn't there, isn't a stage, or is damaged.
     """
-    name = os.fspath(path) if not isinstance(path, str) else path
-    folder = _packaged(name.removeprefix(PACKAGED)) if name.startswith(PACKAGED) else epath.Path(name)
+    name, folder = os.fspath(path), folder_of(path)
     if not folder.exists():
         raise StageError(f"there is no folder {name}; train this stage first, or name the folder that holds it.")
     spec, vocabulary = read_description(folder)
@@ -68,6 +67,12 @@ def load_stage(path: Any) -> Stage:
     else:
         raise StageError(f"{name} has neither {PARAMS} nor checkpoints; its training has not saved anything yet.")
     return Stage(spec, trees.nest(params), vocabulary, name, step)
+
+
+def folder_of(path: Any) -> epath.Path:
+    """The folder that a path means; "pretrained:NAME" is in the package."""
+    name = os.fspath(path)
+    return _packaged(name.removeprefix(PACKAGED)) if name.startswith(PACKAGED) else epath.Path(name)
 
 
 def save_stage(

@@ -67,7 +67,7 @@ class Program:
         self.schedule = optimizers.make_schedule(spec.optimizer, spec.train.steps)
         self._train_key, self._update_key = (stream_key(spec.seed, stream) for stream in (TRAIN, UPDATE))
         self.batch_sharding = sharding.batch_sharding(mesh, spec.rules)
-        state = jax.eval_shape(self._initial, stream_key(spec.seed, INIT))
+        state = jax.eval_shape(self._started, params)
         self.state = _abstract(state, self._state_shardings(state, boxes))
         specs = sharding.param_specs(frozen, spec.rules_of_frozen, mesh)
         frozen = sharding.unbox(frozen)
@@ -85,7 +85,9 @@ class Program:
         )
 
     def _initial(self, key: jax.Array) -> State:
-        params = sharding.unbox(self.task.init(key))
+        return self._started(sharding.unbox(self.task.init(key)))
+
+    def _started(self, params: Any) -> State:
         # A copy, not the same array: the state is donated, and a buffer can be donated once.
         ema = jax.tree.map(jnp.copy, params) if self.spec.optimizer.ema_decay else None
         return State(jnp.zeros((), jnp.int32), params, self.tx.init(params), ema)
