@@ -6,7 +6,8 @@
 --mode=train compiles the step that muse_jax.train runs (`Program.compile_train`), for all chips of the
 topology; --mode=sample the decoding loops that muse_jax.sample runs, on one of its chips. libtpu does it
 (`pip install muse_jax[tpu_compile]`); nothing is allocated, no TPU is looked for, and no weights are read:
-see muse_jax/ahead.py for where the shapes of earlier stages come from.
+see muse_jax/ahead.py for where the shapes of earlier stages come from. --effort=-1 takes about half of the
+minutes: it says whether a run compiles and fits, but its program is slower than the one that `train` compiles.
 
 FLOPs, bytes and collectives are read from the compiled program with its loops multiplied out
 (muse_jax/hlo.py). Times are estimates from the chips' published rates (muse_jax/roofline.py).
@@ -230,6 +231,8 @@ def said(report: Mapping[str, Any]) -> str:
             f"estimate    {times['step_s']:.3f} s for a batch of {report['batch']} (the paper: "
             f"{report['paper']['seconds']} s for a batch of {report['paper']['batch']})"
         )
+    if report["effort"]:
+        lines.append(f"compiled with effort {report['effort']:g}: train's program, of effort 0, has other times")
     if report.get("unknown_loops"):
         lines.append(f"counted once, since their length isn't known: {', '.join(report['unknown_loops'])}")
     return "\n".join(lines)
@@ -243,6 +246,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         check_files(_JSON.value, _HLO.value)
         spec = specs.from_config(_CONFIG.value)
+        jax.config.update("jax_exec_time_optimization_effort", _EFFORT.value)
         if _MODE.value == "train":
             report = compile_train(spec, configs, _TOPOLOGY.value, _HLO.value)
         else:
@@ -250,6 +254,7 @@ def main(argv: Sequence[str]) -> None:
     except specs.SpecError as error:
         print(f"SpecError: {error}", file=sys.stderr)
         sys.exit(1)
+    report["effort"] = _EFFORT.value
     print(said(report))
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=1) + "\n")
@@ -262,6 +267,9 @@ if __name__ == "__main__":
     _BATCH = flags.DEFINE_integer("batch", 1, "sample: pictures at a time.", lower_bound=1)
     _BASE = flags.DEFINE_string("base", "runs/base_3b", "sample: stage before a super-resolution model.")
     _DECODER = flags.DEFINE_string("decoder", "", "sample: stage that makes pictures; the model's own tokenizer.")
+    _EFFORT = flags.DEFINE_float(
+        "effort", 0.0, "For a fast program, -1 to 1; train's is 0.", lower_bound=-1.0, upper_bound=1.0
+    )
     _HLO = flags.DEFINE_string("hlo", "", "train: file for the text of the compiled program.")
     _JSON = flags.DEFINE_string("json", None, "File for the report.")
     flags.mark_flags_as_required(["config"])

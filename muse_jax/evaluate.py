@@ -27,6 +27,7 @@ from muse_jax import process
 if __name__ == "__main__":
     process.reexec_with_malloc_settings()
 
+import concurrent.futures
 import dataclasses
 import importlib.metadata
 import json
@@ -46,6 +47,8 @@ from muse_jax.data import make_source, scenes
 from muse_jax.evaluation import classes, edits, prompts, reconstruction, sweep
 from muse_jax.sampling import folder
 from muse_jax.specs import DataSpec
+
+WORKERS = 2  # threads that draw pictures and read them
 
 
 class EvaluationError(ValueError):
@@ -184,16 +187,22 @@ def _draw_and_score(
     advance: Callable[[int], Any],
 ) -> tuple[list[dict[str, bool]], list[dict[str, bool]]]:
     """Scores of each caption's final and low-resolution picture; picture i has the seed seed + i."""
-    scores, low_scores = [], []
-    for start in range(0, len(captions), size):
+
+    def drawn(start: int) -> list[tuple[dict[str, bool], dict[str, bool]]]:
         chunk = list(captions[start : start + size])
         filled = chunk + chunk[-1:] * (size - len(chunk))  # always the same shape: one compilation
         seeds = [(seed + start + i) % 2**32 for i in range(size)]
         output = pipeline(filled, seed=seeds, output_type="uint8", **settings)
-        scores += map(prompts.score, output.images, chunk)
-        low_scores += map(prompts.score, output.low_images, chunk)
-        advance(len(chunk))
-    return scores, low_scores
+        read = [map(prompts.score, images, chunk) for images in (output.images, output.low_images)]
+        return list(zip(*read, strict=True))
+
+    pairs: list[tuple[dict[str, bool], dict[str, bool]]] = []
+    # Two at a time: while some are drawn, others are read, and short operations leave no core of a CPU idle.
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as workers:
+        for found in workers.map(drawn, range(0, len(captions), size)):
+            pairs += found
+            advance(len(found))
+    return [score for score, _ in pairs], [low for _, low in pairs]
 
 
 # ------------------------------------------------------------------------------------ tokenizers
