@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
 import types
 
 import jax
@@ -147,6 +148,7 @@ def test_which_prompts_and_seeds_are_drawn(stages):
     evaluate.measure_prompts(painter, 20, unguided=5, held_out=5, seed=3, progress=False)
     test = [(item.caption, 3 + i) for i, item in enumerate(scenes.scenes(range(20), 3, "test"))]
     held_out = [(item.caption, 3 + i) for i, item in enumerate(scenes.scenes(range(5), 3, "held_out"))]
+    painter.calls[:2] = sorted(painter.calls[:2], key=lambda call: call[1])  # which were drawn at once
     calls = [list(zip(prompt, seeds, strict=True)) for prompt, seeds, _ in painter.calls]
     assert calls[0] == test[:16]
     assert calls[1][:4] == test[16:]
@@ -159,6 +161,27 @@ def test_which_prompts_and_seeds_are_drawn(stages):
         {},
     ]
     assert {len(call) for call in calls} == {16}, "every call has the same shape, so that one compilation does"
+
+
+def test_scores_are_in_the_order_of_the_prompts(stages):
+    """Whichever batch is drawn first."""
+    others_are_drawn = threading.Event()
+
+    class Late(Painter):
+        def __call__(self, prompt, *, seed, output_type, **settings):
+            if seed[0] == 3:
+                assert others_are_drawn.wait(60)
+            drawn = super().__call__(prompt, seed=seed, output_type=output_type, first=seed[0] == 3)
+            others_are_drawn.set()
+            return drawn
+
+    captions = [item.caption for item in scenes.scenes(range(40), 3, "test")]
+    painter = Late(stages, follows=lambda settings: settings["first"])
+    scores, low_scores = evaluate._draw_and_score(painter, captions, 16, 3, {}, lambda count: None)
+    for found in (scores, low_scores):
+        assert len(found) == 40
+        assert all(all(score.values()) for score in found[:16])
+        assert not any(all(score.values()) for score in found[16:])
 
 
 def test_one_resolution_has_one_guidance_scale(stages):
