@@ -75,8 +75,12 @@ def test_the_work_of_every_kind_of_model_is_known(config):
 def test_stages_that_are_not_there_yet_are_those_of_the_configs_beside():
     found = ahead.tokenizers(spec_of("superres_512.py"), CONFIGS)
     assert [spec.factor for spec in found.values()] == [8, 16]
+    assert ahead.stage_spec("gs://bucket/runs/vqgan_f16_256", CONFIGS).model.factor == 16, "no bucket is asked"
+    assert ahead.stage_spec("pretrained:tokenizer_low", CONFIGS).model.factor == 4
     with pytest.raises(specs.SpecError, match="nowhere"):
         ahead.stage_spec("runs/nowhere", CONFIGS)
+    with pytest.raises(specs.SpecError, match="the packaged pipeline has the stages base, "):
+        ahead.stage_spec("pretrained:nowhere", CONFIGS)
 
 
 def test_meshes_of_chips_that_need_not_exist():
