@@ -1,5 +1,6 @@
 """From a spec to its task: the one place that maps names to tasks and opens earlier stages."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -87,6 +88,8 @@ def _tokens_task(spec: specs.Spec, load_stage: LoadStage, abstract: bool) -> pro
                     f"picture of {low_side * low.spec.factor} pixels, which does not divide data.image_size "
                     f"{spec.data.image_size}; change one of them."
                 )
+    if abstract:  # a start from codes that are shapes has the shapes of any other
+        spec = dataclasses.replace(spec, task=dataclasses.replace(spec.task, codebook_init=False))
     return TokensTask(spec, tokenizer, low, _text_encoder(spec, abstract))
 
 

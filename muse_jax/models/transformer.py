@@ -117,7 +117,8 @@ class Stack(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: axes.LAYERS},
-            check_constancy_invariants=self.is_initializing(),  # it traces every layer once more
+            # It traces every layer once more; seeds give the parameters that they do with it.
+            check_constancy_invariants=self.is_initializing(),
         )(
             heads=self.heads,
             mlp_width=self.mlp_width,

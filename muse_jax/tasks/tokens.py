@@ -275,7 +275,8 @@ class TokensTask:
         shares = np.float32(EVALUATED_RATIOS)
         times = schedules.time(self.spec.task.mask_schedule, shares, self.places) if self.noise else shares
 
-        def at(share: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def at(given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            share, t = given
             mask = jax.vmap(lambda k: corruption.random_mask(k, share, self.places))(keys)
             seen = jnp.where(mask, self.spec.model.codebook_size, tokens)
             if self.noise:
@@ -287,7 +288,7 @@ class TokensTask:
             loss = losses.cross_entropy(logits, tokens)
             return losses.weighted_example_mean(loss, weights), losses.weighted_example_mean(right, weights)
 
-        every, right = jax.lax.map(lambda given: at(*given), (shares, times))  # a loop, to compile the model once
+        every, right = jax.lax.map(at, (shares, times))  # a loop, to compile the model once
         metrics = {"loss": Mean.of(every)}
         for index, ratio in enumerate(EVALUATED_RATIOS):
             metrics[f"loss/ratio_{ratio:.2f}"] = Mean.of(every[index])
@@ -336,10 +337,7 @@ def _boxed(boxes: Params, values: Params) -> Params:
 
 def _directions(tokenizer: Tokenizer, width: int, key: jax.Array) -> jax.Array:
     """A random projection of the tokenizer's codes to vectors of unit variance, [codes, width]."""
-    codes = tokenizer.params["quantizer"]["codebook"]
-    if isinstance(codes, jax.ShapeDtypeStruct):  # of a run as shapes, ahead of time
-        codes = jnp.zeros(codes.shape)
-    codes = jnp.asarray(codes, jnp.float32)
+    codes = jnp.asarray(tokenizer.params["quantizer"]["codebook"], jnp.float32)
     codes = codes / jnp.sqrt(jnp.mean(jnp.sum(jnp.square(codes), axis=-1)))
     return codes @ jax.random.normal(key, (codes.shape[-1], width))
 
