@@ -2,7 +2,7 @@
 
 Actions, in the order of a first run:
   image      build the image and push it
-  nodepools  create one node pool a slice
+  nodepools  create one node pool a slice, where it is not there yet
   show       print the JobSet manifest
   apply      give the manifest to the cluster: kubectl apply
   xpk        the same run through xpk instead, in a cluster that `xpk cluster create` made
@@ -328,14 +328,42 @@ def nodepool_commands(settings: Settings) -> list[list[str]]:
         settings.capacity,
         ["--reservation-affinity=specific", f"--reservation={settings.capacity.removeprefix('reservation:')}"],
     )
-    location = cluster.zone.rsplit("-", 1)[0]
     return [
-        ["gcloud", "container", "node-pools", "create", f"{settings.name}-{index}"]
-        + [f"--project={cluster.project}", f"--cluster={cluster.name}"]
-        + [f"--location={location}", f"--node-locations={cluster.zone}", f"--machine-type={tpu.machine}"]
+        ["gcloud", "container", "node-pools", "create", f"{settings.name}-{index}", *_in_cluster(cluster)]
+        + [f"--node-locations={cluster.zone}", f"--machine-type={tpu.machine}"]
         + [f"--tpu-topology={tpu.topology}", f"--num-nodes={tpu.hosts}", "--scopes=cloud-platform", *capacity]
         for index in range(settings.slices)
     ]
+
+
+def missing_nodepools(settings: Settings) -> list[list[str]]:
+    """`nodepool_commands` without the node pools that are there, so that what failed half way can be run again.
+
+    Raises:
+      SettingsError: for a node pool that is there and can't be used.
+      subprocess.CalledProcessError: if gcloud can't list them.
+    """
+    where = _in_cluster(settings.cluster)
+    command = ["gcloud", "container", "node-pools", "list", *where, "--format=value(name,status)"]
+    listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    states = dict(line.split("\t") for line in listed.splitlines())
+    missing = []
+    for create in nodepool_commands(settings):
+        name = create[4]
+        state = states.get(name)
+        if state is None:
+            missing.append(create)
+        elif state in ("PROVISIONING", "RUNNING", "RECONCILING"):
+            print(f"{name} is there already: {state}")
+        else:
+            delete = shlex.join(["gcloud", "container", "node-pools", "delete", name, *where])
+            raise SettingsError(f"the node pool {name} is there, but its state is {state}; delete it first: {delete}")
+    return missing
+
+
+def _in_cluster(cluster: Cluster) -> list[str]:
+    location = cluster.zone.rsplit("-", 1)[0]
+    return [f"--project={cluster.project}", f"--cluster={cluster.name}", f"--location={location}"]
 
 
 def _check_cluster(settings: Settings) -> None:
@@ -378,23 +406,25 @@ def main(argv: list[str]) -> int:
     try:
         settings = load_settings(arguments.settings)
         commands = ACTIONS[arguments.action](settings)
+        text = manifest_text(settings) if arguments.action in ("show", "apply") else None
+        if text and (arguments.dry_run or arguments.action == "show"):
+            print(text, end="")
+        if arguments.dry_run:
+            for command in commands:
+                print(f"# {shlex.join(command)}" if text else shlex.join(command))
+            return 0
+        if arguments.action == "nodepools":
+            commands = missing_nodepools(settings)
+        for command in commands:
+            subprocess.run(command, input=text, text=True, check=True)
     except SettingsError as error:
         print(f"SettingsError: {error}", file=sys.stderr)
         return 1
-    text = manifest_text(settings) if arguments.action in ("show", "apply") else None
-    if text and (arguments.dry_run or arguments.action == "show"):
-        print(text, end="")
-    for command in commands:
-        if arguments.dry_run:
-            print(f"# {shlex.join(command)}" if text else shlex.join(command))
-            continue
-        try:
-            code = subprocess.run(command, input=text, text=True, check=False).returncode
-        except FileNotFoundError:
-            print(f"{command[0]} is not installed here; launch/README.md says where it is from.", file=sys.stderr)
-            return 1
-        if code:
-            return code
+    except FileNotFoundError as error:
+        print(f"{error.filename} is not installed here; launch/README.md says where it is from.", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        return error.returncode
     return 0
 
 

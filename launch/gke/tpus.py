@@ -16,7 +16,7 @@ class Generation:
       label: value of the node label cloud.google.com/gke-tpu-accelerator.
       machine: machine type of a node with four chips; that of one chip ends with 1t.
       dimensions: of its interconnect, which is the number of factors of a topology.
-      pod_chips: chips of the largest slice.
+      largest: chips of the largest slice; a pod of v5p has 8960, but no slice has more than 16x16x24.
       cores_in_name: TensorCores a chip, as accelerator types such as v4-512 count them.
       xpk: the prefix of its name for xpk and gcloud.
     """
@@ -24,14 +24,14 @@ class Generation:
     label: str
     machine: str
     dimensions: int
-    pod_chips: int
+    largest: int
     cores_in_name: int
     xpk: str
 
 
 GENERATIONS = {
     "v4": Generation("tpu-v4-podslice", "ct4p-hightpu-4t", 3, 4096, 2, "v4"),
-    "v5p": Generation("tpu-v5p-slice", "ct5p-hightpu-4t", 3, 8960, 2, "v5p"),
+    "v5p": Generation("tpu-v5p-slice", "ct5p-hightpu-4t", 3, 6144, 2, "v5p"),
     "v5e": Generation("tpu-v5-lite-podslice", "ct5lp-hightpu-4t", 2, 256, 1, "v5litepod"),
     "v6e": Generation("tpu-v6e-slice", "ct6e-standard-4t", 2, 256, 1, "v6e"),
 }
@@ -98,7 +98,7 @@ def make_slice(accelerator: str, topology: str) -> Slice:
     if generation.dimensions == 2:
         _check_flat(accelerator, topology)
     else:
-        _check_cubes(accelerator, topology, sizes, generation.pod_chips)
+        _check_cubes(accelerator, topology, sizes, generation.largest)
     chips = math.prod(sizes)
     chips_per_host = 1 if chips == 1 else 4
     return Slice(generation, topology, chips, chips_per_host, chips // chips_per_host)
@@ -111,11 +111,11 @@ def _check_flat(accelerator: str, topology: str) -> None:
         raise SettingsError(f"topology = {topology!r} does not exist on {accelerator}{hint}.")
 
 
-def _check_cubes(accelerator: str, topology: str, sizes: list[int], pod_chips: int) -> None:
-    if math.prod(sizes) > pod_chips:
+def _check_cubes(accelerator: str, topology: str, sizes: list[int], largest: int) -> None:
+    if math.prod(sizes) > largest:
         raise SettingsError(
             f"topology = {topology!r} has {math.prod(sizes)} chips, but the largest {accelerator} slice has "
-            f"{pod_chips}; take a smaller topology, and more slices if you need the chips."
+            f"{largest}; take a smaller topology, and more slices if you need the chips."
         )
     if topology in BELOW_A_CUBE:
         return

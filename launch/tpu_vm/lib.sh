@@ -8,7 +8,7 @@ DRY_RUN=0
 WORKER_SCRIPT='bash ~/muse_jax/launch/tpu_vm/on_worker.sh'
 NEEDED=(PROJECT ZONE NAME ACCELERATOR_TYPE SLICES CAPACITY CONFIG WORKDIR PYTHON_VERSION)
 LISTS=(TRAIN_ARGS CREATE_ARGS SSH_ARGS)
-OPTIONAL=(RUNTIME_VERSION POLL_SECONDS MAX_CRASHES)
+OPTIONAL=(RUNTIME_VERSION POLL_SECONDS MAX_CRASHES MAX_UNREACHABLE)
 
 die() {
   echo "$(basename "$0"): $*" >&2
@@ -58,13 +58,14 @@ check_settings() {
     [ -z "${!name+set}" ] || [[ $(declare -p "$name") == 'declare -a'* ]] ||
       die "$1: $name must be a list in parentheses: $name=(--one=1 --two=2)"
   done
-  : "${RUNTIME_VERSION:=}" "${POLL_SECONDS:=60}" "${MAX_CRASHES:=5}"
+  : "${RUNTIME_VERSION:=}" "${POLL_SECONDS:=60}" "${MAX_CRASHES:=5}" "${MAX_UNREACHABLE:=30}"
   TRAIN_ARGS=("${TRAIN_ARGS[@]+"${TRAIN_ARGS[@]}"}")
   CREATE_ARGS=("${CREATE_ARGS[@]+"${CREATE_ARGS[@]}"}")
   SSH_ARGS=("${SSH_ARGS[@]+"${SSH_ARGS[@]}"}")
   [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "$1: SLICES is '$SLICES'; it must be a whole number from 1"
   [[ $POLL_SECONDS =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "$1: POLL_SECONDS is '$POLL_SECONDS'; it must be a number of seconds"
   [[ $MAX_CRASHES =~ ^[0-9]+$ ]] || die "$1: MAX_CRASHES is '$MAX_CRASHES'; it must be a whole number"
+  [[ $MAX_UNREACHABLE =~ ^[0-9]+$ ]] || die "$1: MAX_UNREACHABLE is '$MAX_UNREACHABLE'; it must be a whole number"
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
     die "$1: NAME is '$NAME'; it must be at most 63 lower-case letters, digits and hyphens, and start with a letter"
   case $CAPACITY in
@@ -105,17 +106,29 @@ tpus() {
   run gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE"
 }
 
+# Runs an ssh or scp of gcloud, and fails where it did not reach all nodes: gcloud warns, leaves those out, and exits 0.
+# In a subshell, whose end removes the file however it comes.
+reach_nodes() (
+  errors=$(mktemp)
+  trap 'rm -f "$errors"' EXIT
+  { tpus queued-resources "$@" 2>&1 >&3 3>&- | tee "$errors" >&2; } 3>&1 || exit
+  if grep -q 'Could not prepare all' "$errors"; then
+    die "not all nodes of $NAME were reached, and nothing was done on the others. One may be preempted; or an" \
+      "ssh-agent runs that lacks gcloud's key: ssh-add ~/.ssh/google_compute_engine"
+  fi
+)
+
 # Runs a shell command on every worker of every slice, or with ONE_WORKER=1 on the first alone.
 on_workers() {
   local which=all
   [ "${ONE_WORKER:-0}" = 0 ] || which=0
   # standard input is closed: ssh would otherwise eat what a loop around it reads
-  tpus queued-resources ssh "$NAME" --node="$which" --worker="$which" --command="$1" \
+  reach_nodes ssh "$NAME" --node="$which" --worker="$which" --command="$1" \
     "${SSH_ARGS[@]+"${SSH_ARGS[@]}"}" </dev/null
 }
 
 copy_to_workers() {
-  tpus queued-resources scp "$1" "$NAME:$2" --node=all --worker=all "${SSH_ARGS[@]+"${SSH_ARGS[@]}"}"
+  reach_nodes scp "$1" "$NAME:$2" --node=all --worker=all "${SSH_ARGS[@]+"${SSH_ARGS[@]}"}"
 }
 
 create_slice() {
@@ -166,6 +179,7 @@ slice_state() {
   echo "$state"
 }
 
+# The archive is removed once it is unpacked: a copy that never came would otherwise install it again.
 # One chain of &&: a caller may have turned off `set -e`, and a half-done install must not go on.
 install_package() {
   local folder=${TMPDIR:-/tmp}
@@ -177,7 +191,7 @@ install_package() {
   run git -C "$ROOT" archive --format=tar.gz --output="$archive" HEAD &&
     copy_to_workers "$archive" muse_jax.tar.gz &&
     on_workers "rm -rf ~/muse_jax && mkdir ~/muse_jax && tar -xzf ~/muse_jax.tar.gz -C ~/muse_jax &&\
- $WORKER_SCRIPT install $(printf %q "$PYTHON_VERSION")" || status=$?
+ rm ~/muse_jax.tar.gz && $WORKER_SCRIPT install $(printf %q "$PYTHON_VERSION")" || status=$?
   [ "$DRY_RUN" = 1 ] || rm -rf "$folder"
   return "$status"
 }

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Follows what the training prints on the first worker, or on all.
+# Follows what the training prints on the first worker, or on all: of more than 64 on the first 64, since gcloud runs a
+# command on no more at a time, whatever its --batch-size.
 #
 #   logs.sh [--settings=FILE] [--all] [--dry-run]
 set -euo pipefail

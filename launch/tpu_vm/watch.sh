@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Keeps a run going until it is finished: creates the slice, installs, starts, and after a preemption or a failure of
 # the slice does so again. Training then goes on from its last checkpoint in the bucket. A crash of the training itself
-# is started again too, up to MAX_CRASHES times in a row. Run it where it can stay, in tmux on a small machine.
+# is started again too, up to MAX_CRASHES times in a row; workers that do not answer are waited for, MAX_UNREACHABLE
+# looks in a row. Run it where it can stay, in tmux on a small machine.
 #
 #   watch.sh [--settings=FILE] [--delete-when-finished] [--dry-run]
 set -euo pipefail
@@ -38,6 +39,16 @@ restart_training() {
   stop_training && start_training
 }
 
+# A worker that never answers again, on a slice that is ACTIVE, is nothing that waiting mends.
+count_unreachable() {
+  unreachable=$((unreachable + 1))
+  if [ "$unreachable" -gt "$MAX_UNREACHABLE" ]; then
+    die "not all workers of $NAME answered, $unreachable times in a row, though it is ACTIVE; above is what gcloud" \
+      "says. The slice still runs: delete.sh ends it."
+  fi
+  if [ $((unreachable % 10)) = 0 ]; then say "training: unreachable, $unreachable times in a row"; fi
+}
+
 look_at_training() {
   local training
   training=$(training_state)
@@ -46,6 +57,7 @@ look_at_training() {
   case $training in
     none | stopped | running) counted=0 ;;
   esac
+  if [ "$training" = unreachable ]; then count_unreachable; else unreachable=0; fi
   case $training in
     finished) return 1 ;;
     none) { install_package && restart_training; } || say "could not start; trying again" ;;
@@ -68,7 +80,7 @@ look_at_training() {
 }
 
 watch() {
-  local state last_state='' last_training='' crashes=0 counted=0 running_since=$SECONDS
+  local state last_state='' last_training='' crashes=0 counted=0 unreachable=0 running_since=$SECONDS
   while true; do
     state=$(slice_state)
     [ "$state" = "$last_state" ] || say "$NAME: $state"
@@ -79,7 +91,7 @@ watch() {
       PREEMPTED | FAILED | SUSPENDED | TERMINATED | STOPPED)
         say "making $NAME anew"
         if delete_slice --quiet; then create_slice || say "could not create; trying again"; fi
-        last_training=''
+        last_training='' unreachable=0
         ;;
       *) ;; # on its way, or gcloud could not tell: look again
     esac

@@ -88,6 +88,7 @@ def make_packageable(executor: xm.Executor) -> xm.Packageable:
       UsageError: if a flag is missing or misses.
     """
     if _EXECUTOR.value == "jobset":
+        _check_settings_alone()
         if not pathlib.Path(_SETTINGS.value).is_file():
             raise app.UsageError(f"--settings={_SETTINGS.value} is no file; copy launch/gke/settings.toml")
         return _python(executor, [str(ROOT / "launch/gke/jobset.py"), "apply", f"--settings={_SETTINGS.value}"])
@@ -100,6 +101,15 @@ def make_packageable(executor: xm.Executor) -> xm.Packageable:
     # the image has no entry point, so its command is given whole
     args = ["python", "-m", "muse_jax.train", *train_args()]
     return xm.container(executor.Spec(), image_path=_IMAGE.value, args=args)
+
+
+def _check_settings_alone() -> None:
+    """Raises UsageError for a flag that the settings file of jobset stands in for."""
+    for name, flag in [("config", _CONFIG), ("workdir", _WORKDIR), ("train_arg", _TRAIN_ARG), ("image", _IMAGE)]:
+        if flag.value:
+            raise app.UsageError(
+                f"--{name} is not for jobset, whose --settings={_SETTINGS.value} says it; leave the flag out"
+            )
 
 
 def _python(executor: xm.Executor, args: list[str]) -> xm.Packageable:

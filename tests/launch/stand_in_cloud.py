@@ -32,6 +32,11 @@ if [ "$verb" = create ]; then
   exit
 fi
 [ -f "$CLOUD/slice" ] || fail "NOT_FOUND: Resource was not found"
+if [[ $verb == s* && ${command-} != *status* && -s "$CLOUD/unprepared" ]]; then # a line less, nothing done
+  sed -i 1d "$CLOUD/unprepared"
+  echo "WARNING: Could not prepare all 1 nodes, attempting to ssh into the rest." >&2
+  exit
+fi
 case $verb in
   delete) rm "$CLOUD/slice" ;;
   describe)
@@ -48,6 +53,11 @@ case $verb in
     ;;
   scp) cp "$5" "$CLOUD/worker/${6#*:}" ;;
   ssh)
+    if [ -s "$CLOUD/silent" ] && [[ $command == *status* ]]; then # one line less a look that one worker doesn't answer
+      sed -i 1d "$CLOUD/silent"
+      HOME=$CLOUD/worker bash -c "$command"
+      fail "ssh: connect to host: No route to host"
+    fi
     if [ -s "$CLOUD/refused" ] && [[ $command != *status* ]]; then # one line less a refused connection
       sed -i 1d "$CLOUD/refused"
       fail "connect timed out"

@@ -72,7 +72,7 @@ def _pod(manifest):
         ("v4", "4x8x8", 256, 64, 4, "v4-512", "ct4p-hightpu-4t"),
         ("v4", "16x16x16", 4096, 1024, 4, "v4-8192", "ct4p-hightpu-4t"),
         ("v5p", "2x2x2", 8, 2, 4, "v5p-16", "ct5p-hightpu-4t"),
-        ("v5p", "16x20x28", 8960, 2240, 4, "v5p-17920", "ct5p-hightpu-4t"),
+        ("v5p", "16x16x24", 6144, 1536, 4, "v5p-12288", "ct5p-hightpu-4t"),
         ("v5e", "1x1", 1, 1, 1, "v5litepod-1", "ct5lp-hightpu-1t"),
         ("v5e", "4x4", 16, 4, 4, "v5litepod-16", "ct5lp-hightpu-4t"),
         ("v6e", "2x2", 4, 1, 4, "v6e-4", "ct6e-standard-4t"),
@@ -97,6 +97,7 @@ def test_hosts_and_chips_follow_from_the_topology(accelerator, topology, chips, 
         ("v4", "2x4x8", "multiples of 4"),
         ("v4", "8x4x8", 'write topology = "4x8x8"'),
         ("v4", "16x16x32", "the largest v4 slice has 4096"),
+        ("v5p", "16x20x28", "the largest v5p slice has 6144"),
         ("v5e", "4x4x4", "needs 2 numbers"),
         ("v5e", "8x4", 'write topology = "4x8"'),
         ("v6e", "16x32", "must be one of 1x1"),
@@ -315,6 +316,15 @@ def test_one_node_pool_a_slice(settings):
     assert {"--reservation-affinity=specific", "--reservation=mine", "--location=us-central2"} <= set(first)
 
 
+GCLOUD_WITH_POOLS = """#!/bin/bash
+echo "$*" >>{folder}/calls
+if [ "$3" = list ]; then cat {folder}/pools; exit; fi
+if grep -q "^$4\t" {folder}/pools; then echo "Already exists" >&2; exit 1; fi
+[ "$4" != {fails} ] || exit 3
+printf '%s\\tRUNNING\\n' "$4" >>{folder}/pools
+"""
+
+
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
     """Stand-ins of the programs that jobset.py runs; returns what they were called with, and given."""
@@ -343,6 +353,24 @@ def test_apply_gives_the_manifest_to_kubectl(tool, settings_file):
 def test_a_failed_command_ends_with_its_code(tool, settings_file, tmp_path):
     (tmp_path / "bin" / "docker").write_text("#!/bin/bash\nexit 7\n")
     assert jobset.main(["image", f"--settings={settings_file()}"]) == 7
+
+
+def test_node_pools_go_on_with_what_is_missing(tool, settings_file, tmp_path, capsys):
+    """The second of three can't be had at first; what failed in between is to be deleted by its owner."""
+    gcloud, pools = tmp_path / "bin" / "gcloud", tmp_path / "pools"
+    pools.write_text("default-pool\tRUNNING\n")
+    command = ["nodepools", f"--settings={settings_file(slices='3')}"]
+    gcloud.write_text(GCLOUD_WITH_POOLS.format(folder=tmp_path, fails="muse-1"))
+    assert jobset.main(command) == 3
+    gcloud.write_text(GCLOUD_WITH_POOLS.format(folder=tmp_path, fails="none"))
+    pools.write_text(f"{pools.read_text()}muse-1\tERROR\n")
+    assert jobset.main(command) == 1
+    assert "delete it first: gcloud container node-pools delete muse-1 --project=my-project" in capsys.readouterr().err
+    pools.write_text(pools.read_text().replace("muse-1\tERROR\n", ""))
+    assert jobset.main(command) == 0
+    assert "muse-0 is there already: RUNNING" in capsys.readouterr().out
+    made = [call.split()[3] for call in tool("calls").splitlines() if " create " in call]
+    assert made == ["muse-0", "muse-1", "muse-1", "muse-2"]
 
 
 @pytest.mark.parametrize("action", list(jobset.ACTIONS))

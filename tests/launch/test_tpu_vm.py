@@ -78,6 +78,7 @@ def test_install_brings_the_last_commit_to_every_worker(cloud):
     worker = cloud.folder / "worker"
     assert (worker / "muse_jax" / "muse_jax" / "train.py").exists()
     assert not (worker / "muse_jax" / ".git").exists()
+    assert not (worker / "muse_jax.tar.gz").exists()
     [copied] = cloud.calls("scp")
     assert copied[5:] == ["muse:muse_jax.tar.gz", *EVERYWHERE, *WHERE]
     [installed] = cloud.calls("ssh")
@@ -112,6 +113,22 @@ def test_a_dry_run_of_install_can_be_pasted(cloud):
 def test_a_failed_copy_ends_the_install(cloud):
     assert cloud.run("install.sh").returncode != 0  # there is no slice
     assert not cloud.calls("ssh")
+
+
+@pytest.mark.parametrize("script", ["install.sh", "start.sh", "stop.sh"])
+def test_nodes_that_gcloud_leaves_out_are_an_error(cloud, script):
+    """It warns and ends with 0, having done nothing there."""
+    cloud.run("create.sh")
+    cloud.run("install.sh")
+    before = len(cloud.calls())
+    cloud.write("unprepared", "1")
+    done = cloud.run(script)
+    assert done.returncode == 1
+    assert len(cloud.calls()) == before + 1
+    assert "WARNING: Could not prepare all 1 nodes" in done.stderr
+    assert f"{script}: not all nodes of muse were reached" in done.stderr
+    assert "ssh-add ~/.ssh/google_compute_engine" in done.stderr
+    assert sorted(path.name for path in cloud.folder.glob("*.*")) == ["settings.sh", "uv.log"]  # TMPDIR is there
 
 
 def _started(cloud, end: str):
@@ -266,15 +283,37 @@ def test_watch_gives_up_after_so_many_crashes_in_a_row(cloud):
     assert not cloud.calls("delete")  # what it was can still be looked at
 
 
-def test_watch_counts_a_crash_once_however_often_it_cannot_start_again(cloud):
+@pytest.mark.parametrize("why", ["refused", "unprepared"])
+def test_watch_counts_a_crash_once_however_often_it_cannot_start_again(cloud, why):
     _started(cloud, "1\n0")
     _wait_for(lambda: _status(cloud) == "training: exited 1")
-    cloud.write("refused", "\n".join("12345"))  # connections, more than MAX_CRASHES
+    cloud.write(why, "\n".join("12345"))  # connections, more than MAX_CRASHES
     done = cloud.run("watch.sh")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("crash 1 of at most 2") == 1
     assert "crash 2" not in done.stdout
     assert done.stdout.count("could not start; trying again") >= 3
+
+
+def test_watch_gives_up_on_workers_that_never_answer(cloud):
+    """One is silent for good, though the slice is ACTIVE and the others answer."""
+    _started(cloud, "stay")
+    cloud.set(MAX_UNREACHABLE="3")
+    cloud.write("silent", "x\n" * 50)
+    done = cloud.run("watch.sh", timeout=60)
+    assert done.returncode == 1
+    assert "not all workers of muse answered, 4 times in a row, though it is ACTIVE" in done.stderr
+    assert "No route to host" in done.stderr
+    assert not cloud.calls("delete")  # the training may still run there
+
+
+def test_watch_waits_for_workers_that_answer_again(cloud):
+    _started(cloud, "0")
+    cloud.set(MAX_UNREACHABLE="3")
+    cloud.write("silent", "1\n2\n3")
+    done = cloud.run("watch.sh")
+    assert done.returncode == 0, done.stderr
+    assert "training: unreachable" in done.stdout
 
 
 @pytest.mark.parametrize("script", COMMANDS)
@@ -311,6 +350,7 @@ def test_dry_run_prints_the_very_command(cloud, script):
         ("WORKDIR", "gs://", "must be in a bucket"),
         ("WORKDIR", "'gs:// a/b'", "must be in a bucket"),
         ("POLL_SECONDS", "soon", "POLL_SECONDS is 'soon'"),
+        ("MAX_UNREACHABLE", "never", "MAX_UNREACHABLE is 'never'"),
         ("CREATE_ARGS", "'--one=1 --two=2'", "CREATE_ARGS must be a list in parentheses"),
         ("ACCELERATOR_TYPE", "v3-8", "v4-N, v5litepod-N (v5e), v5p-N or v6e-N"),
         ("ACCELERATOR_TYPE", "v4-4x8x8", "after the last hyphen a number"),

@@ -90,6 +90,10 @@ CASES = [
     ([*BUCKET, "--executor=kubernetes", "--image=r/i:1", "--gpu=a100=8"], ["Kubernetes", "a100=8", "r/i:1 python -m"]),
     ([*BUCKET, "--executor=vertex", "--image=r/i:1", "--gpu=h100=1"], ["Vertex", "h100=1", "gs://bucket/run"]),
     (["--executor=jobset", "--settings=mine.toml"], ["Local", "launch/gke/jobset.py apply --settings=mine.toml"]),
+    *(
+        (["--executor=jobset", "--settings=mine.toml", flag], [f"UsageError: {flag.split('=')[0]} is not for jobset"])
+        for flag in (*ARGUMENTS, "--image=r/i:1")
+    ),
     (["--executor=jobset", "--settings=none.toml"], ["UsageError: --settings=none.toml is no file"]),
     ([*ARGUMENTS, "--gpu=a100=8"], ["UsageError: --gpu=a100=8 is for kubernetes and vertex"]),
     (["--workdir=w"], ["UsageError: --config must be given"]),
