@@ -122,9 +122,10 @@ def precompute(
             _together("computed")
             if jax.process_index() == 0:
                 parts = [json.loads(one.part(folder).read_text()) for one in work]
-                array_records.write_manifest(
-                    folder, "tokens", parts, key=plan["key"], epochs=worked, features=features, seed=spec.seed
-                )
+                more = {"key": plan["key"], "epochs": worked, "features": features, "seed": spec.seed}
+                if spec.data.vocabulary in ("", "captions"):  # the data's own, of which the records lack some captions
+                    more["vocabulary"] = vocabulary.to_json()
+                array_records.write_manifest(folder, "tokens", parts, **more)
         _together("written")
     return array_records.read_manifest(out, "tokens")[1]
 
@@ -132,6 +133,8 @@ def precompute(
 def _checked(spec: specs.Spec, text_embeddings: bool, epochs: int, per_shard: int) -> specs.Spec:
     if not isinstance(spec.task, specs.TokensTaskSpec):
         raise SpecError("--config trains a tokenizer; name that of a model which reads tokens.")
+    if isinstance(spec.model, specs.MaskGITSpec):
+        raise SpecError("--config trains a model of classes; tokens are written with texts: name one that reads texts.")
     if spec.data.name in ("precomputed", "mixture"):
         hint = "precompute each of its sources by itself, and mix those." if spec.data.sources else "it is done."
         raise SpecError(f"data.name is {spec.data.name!r}; {hint}")

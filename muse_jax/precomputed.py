@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ def check(spec: specs.Spec, task: Any, source: Any, vocabulary: Any) -> None:
         checked = [(f"data.sources.{label}", parts[label][1], one) for label, one in source.sources.items()]
     for path, section, one in checked:
         wanted = {**expected, "crop": section.crop, "flip": section.flip}
-        differences = [*_differences(wanted, one.key, path)]
+        differences = [*_differences(wanted, one.key, path), *_other_grid(spec.model, one.features)]
         if differences:
             raise SpecError(
                 f"{path}.path was precomputed for another run: {'; '.join(differences)}. Precompute it with this "
@@ -87,6 +88,15 @@ def _differences(expected: Mapping[str, Any], found: Mapping[str, Any], path: st
     for name in ("image_size", "crop", "flip"):
         if expected[name] != found[name]:
             yield f"{path}.{name} is {expected[name]!r} and was {found[name]!r}"
+
+
+def _other_grid(model: Any, features: Mapping[str, Any]) -> Iterator[str]:
+    """Of low-resolution tokens, which are as many as the config asks for; others' number follows from the tokenizer."""
+    if isinstance(model, specs.SuperResSpec):
+        rows, columns = model.low_grid
+        found = math.prod(features["low_tokens"]["shape"])
+        if rows * columns != found:
+            yield f"model.low_grid is {rows} x {columns}, and it has {found} low-resolution tokens of a picture"
 
 
 def _check_text(spec: specs.Spec, expected: Mapping[str, str], found: Mapping[str, str], path: str) -> None:

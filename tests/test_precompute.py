@@ -188,6 +188,12 @@ def test_embeddings_give_the_losses_of_the_same_texts(made, embeddings):
     same(batches(ready.spec), captions, ("low_tokens",))
 
 
+def test_embeddings_have_the_models_dtype(made, tmp_path):
+    spec = base(made, model__dtype="float16")
+    precompute.precompute(spec, str(tmp_path), text_embeddings=True)
+    assert batches(reading(spec, tmp_path, text_embeddings=True), steps=1)[0]["text_embeddings"].dtype == np.float16
+
+
 def test_one_device_and_a_stop_make_the_same_records(made, high_tokens, monkeypatch):
     _, whole = high_tokens
     spec = dataclasses.replace(superres(made), mesh=specs.MeshSpec(data=1))
@@ -215,12 +221,31 @@ def test_one_device_and_a_stop_make_the_same_records(made, high_tokens, monkeypa
     assert len(written) == count, "nothing is left to do"
 
 
+def test_the_words_are_those_of_the_data_and_not_of_what_was_drawn(made, tmp_path):
+    """A broken picture's caption is in the data's vocabulary, which the stages have, and in no record."""
+    shutil.copytree(made / "pictures", tmp_path / "pictures")
+    source = data.make_source(base(made).data)
+    broken = tmp_path / "pictures" / source.key(0)
+    broken.write_bytes(broken.read_bytes()[:-60])
+    broken.with_suffix(".txt").write_text("a zyzzyva")
+    spec, out = base(made, data__path=str(tmp_path / "pictures")), tmp_path / "out"
+    precompute.precompute(spec, str(out))
+    expected, ready = data.make_vocabulary(spec.data), reading(spec, out).data
+    assert "zyzzyva" in expected.words
+    assert data.make_vocabulary(ready) == expected
+    manifest = json.loads((out / array_records.MANIFEST).read_text())
+    del manifest["vocabulary"]  # as it was written before
+    (out / array_records.MANIFEST).write_text(json.dumps(manifest))
+    assert set(data.make_vocabulary(ready).words) == set(expected.words) - {"zyzzyva"}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"task__low_tokenizer": "other"}, ["task.low_tokenizer is another tokenizer"]),
         ({"data__crop": "center"}, ["data.crop is 'center' and was 'random'"]),
         ({"data__flip": False}, ["data.flip is False and was True"]),
+        ({"model__low_grid": (4, 4)}, ["model.low_grid is 4 x 4, and it has 64 low-resolution tokens"]),
     ],
 )
 def test_another_runs_tokens_are_refused(made, high_tokens, changes, words):
@@ -350,6 +375,26 @@ def test_what_cannot_be_precomputed_is_said(made, tmp_path, change, options, wor
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_record_is_missing_in_its_epoch_alone(made, high_tokens, tmp_path):
+    """And so what a run reads doesn't depend on whether it went through that epoch itself."""
+    folder = tmp_path / "copy"
+    shutil.copytree(high_tokens[0], folder)
+    shard = next(folder.glob("train-00000*"))
+    content = bytearray(shard.read_bytes())
+    content[200] ^= 1  # within the first epoch's first record
+    shard.write_bytes(content)
+    source, whole = (data.make_source(reading(superres(made), out).data) for out in (folder, high_tokens[0]))
+    first, second = (0, 0), (0, len(source))  # seeds, which end with the example id
+    assert (source.example(0, first)["low_tokens"] != whole.example(0, first)["low_tokens"]).any()
+    np.testing.assert_array_equal(source.example(0, second)["low_tokens"], whole.example(0, second)["low_tokens"])
+
+
+def test_a_model_of_classes_is_refused(tmp_path):
+    with pytest.raises(specs.SpecError, match="trains a model of classes"):
+        precompute.precompute(tiny("../scenes/maskgit"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_damage_is_seen(made, high_tokens, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(high_tokens[0], folder)
@@ -363,7 +408,8 @@ def test_damage_is_seen(made, high_tokens, tmp_path):
     source = data.make_source(reading(superres(made), folder).data)
     first = source[0]
     np.testing.assert_array_equal(source[1]["low_tokens"], expected[1]["low_tokens"])
-    assert any(np.array_equal(first["low_tokens"], expected[i]["low_tokens"]) for i in range(1, len(expected)))
+    others = (expected.example(i % len(expected), (0, i)) for i in range(1, 2 * len(expected)))  # of both epochs
+    assert any(np.array_equal(first["low_tokens"], other["low_tokens"]) for other in others)
     shard.write_bytes(content[:-10])
     with pytest.raises(ValueError, match=r"train-00000.*bytes"):
         data.make_source(reading(superres(made), folder).data)

@@ -73,7 +73,8 @@ def make_source(spec: DataSpec, split: str = "train") -> Any:
 def make_vocabulary(spec: DataSpec) -> vocabulary_lib.Vocabulary | None:
     """The vocabulary of `spec.vocabulary`: "scenes", "captions", "bytes", a SentencePiece model's path, or "classes".
 
-    Empty means the one that suits the data: "scenes", "captions" for folders and TFDS, else "bytes".
+    Empty means the one that suits the data: "scenes", "captions" for folders and TFDS, else "bytes". The captions
+    of precomputed tokens are those of the data that they were made of.
 
     Returns:
       The vocabulary: with "classes" the names of the labels, which the batches have instead of texts. None
@@ -98,7 +99,10 @@ def make_vocabulary(spec: DataSpec) -> vocabulary_lib.Vocabulary | None:
 
         return vocabulary_lib.WordVocabulary(scenes.WORDS)
     if name == "captions":
-        return vocabulary_lib.WordVocabulary.from_captions(make_source(spec).captions())
+        source = make_source(spec)
+        if stored := getattr(source, "vocabulary", None):
+            return vocabulary_lib.from_json(stored)
+        return vocabulary_lib.WordVocabulary.from_captions(source.captions())
     if name == "bytes":
         return vocabulary_lib.ByteVocabulary()
     return vocabulary_lib.SentencePiece.from_file(name)

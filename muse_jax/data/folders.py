@@ -13,7 +13,9 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import heapq
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +29,7 @@ from muse_jax.specs import DataSpec
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif")
 OTHER_PICTURES = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".ico", ".tga")
+SPLITS = ("train", "test")  # sub-folders that are splits, unless a config names others
 EVAL_SHARE = 0.05  # of the files, by the hash of their names
 NO_CAPTION = "no caption"
 
@@ -45,7 +48,7 @@ class Scan:
 
     root: str
     keys: tuple[str, ...]  # paths below root, with "/"
-    captions: tuple[str, ...]  # "" where no file of the folder has one
+    captions: tuple[str, ...]  # "" where there is none
     sizes: tuple[int, ...]  # bytes
     skipped: dict[str, tuple[str, ...]]  # reason -> keys
     notes: tuple[str, ...]  # what is odd but costs no picture
@@ -63,28 +66,51 @@ class Scan:
 
 
 def scan(
-    root: str, *, text_key: str = "text", needs_text: bool = True, min_side: int = 0, max_aspect: float = 0.0
+    root: str,
+    *,
+    text_key: str = "text",
+    needs_text: bool = True,
+    min_side: int = 0,
+    max_aspect: float = 0.0,
+    splits: tuple[str, str] = SPLITS,
 ) -> Scan:
     """Lists a folder; reads headers and captions, but no pixels.
 
     Args:
       root: the folder; hidden files and folders in it are not looked at.
       text_key: the caption's column in metadata files.
-      needs_text: if False, a folder without any caption at all is usable (to train a tokenizer).
+      needs_text: whether pictures without a caption are skipped; a tokenizer and a model of classes need none.
       min_side, max_aspect: see `transforms.size_fault`; pictures with a fault are skipped.
+      splits: names of the sub-folders to train and to evaluate on, where there are such; see `_walk`.
 
     Raises:
       FileNotFoundError: if there is no such folder.
       ValueError: if nothing in it is usable; says why for each reason, and how to lay it out.
     """
+    found = _listed(root, text_key, min_side, max_aspect, splits)
+    if needs_text:
+        found = _captioned(found)
+    if not found.keys:
+        raise ValueError(f"Nothing is usable. {found.summary()} {LAYOUT}" + _hint(found))
+    return found
+
+
+def _listed(root: str, text_key: str, min_side: int, max_aspect: float, splits: tuple[str, str]) -> Scan:
+    """A folder's pictures, with captions or without, if it has any."""
     root = os.path.expanduser(root)
     if not os.path.isdir(root):
         raise FileNotFoundError(f"data.path is {root!r}, which is no folder. {LAYOUT}")
     root = os.path.abspath(root)
-    found = _scan(root, _walk(root), text_key, needs_text, min_side, max_aspect)
-    if not found.keys:
-        raise ValueError(f"Nothing is usable. {found.summary()} {LAYOUT}" + _hint(found))
-    return found
+    return _scan(root, _walk(root, splits), text_key, min_side, max_aspect)
+
+
+def _captioned(found: Scan) -> Scan:
+    """Of a scan's pictures those with a caption; the others are skipped."""
+    missing = tuple(key for key, text in zip(found.keys, found.captions, strict=True) if not text)
+    kept = [i for i, text in enumerate(found.captions) if text]
+    keys, texts, sizes = (tuple(v[i] for i in kept) for v in (found.keys, found.captions, found.sizes))
+    skipped = found.skipped | ({NO_CAPTION: missing} if missing else {})
+    return dataclasses.replace(found, keys=keys, captions=texts, sizes=sizes, skipped=skipped)
 
 
 def _hint(found: Scan) -> str:
@@ -93,14 +119,17 @@ def _hint(found: Scan) -> str:
     return "" if found.skipped else " There are no picture files in it at all."
 
 
-def _walk(root: str) -> tuple[tuple[str, int, int], ...]:
-    """(key, bytes, change time) of every file below root, sorted by key; links to folders are followed once.
+def _walk(root: str, splits: tuple[str, str]) -> tuple[tuple[str, int, int], ...]:
+    """(key, bytes, change time) of every file below root, sorted by key; links to folders are followed.
 
-    A folder that cannot be opened is listed with a "/" at its end.
+    A folder that has several names by links is listed once: by a split's name, so that nothing of the evaluation
+    split is trained on, else by its own, else by the first link's. One that cannot be opened is listed with a "/"
+    at its end.
     """
-    seen, found, pending = set(), [], [""]
+    first = splits[::-1]
+    seen, found, pending = set(), [], [(0, "")]
     while pending:
-        folder = pending.pop()
+        _, folder = heapq.heappop(pending)
         try:
             status = os.stat(os.path.join(root, folder))
             if (status.st_dev, status.st_ino) in seen:
@@ -116,7 +145,8 @@ def _walk(root: str) -> tuple[tuple[str, int, int], ...]:
                 continue
             key = f"{folder}/{entry.name}" if folder else entry.name
             if _is_folder(entry):
-                pending.append(key)
+                turn = first.index(key) if key in first else len(first) + entry.is_symlink()
+                heapq.heappush(pending, (turn, key))
             else:
                 found.append((key, *_size_and_time(entry)))
     return tuple(sorted(found))
@@ -142,7 +172,6 @@ def _scan(
     root: str,
     files: tuple[tuple[str, int, int], ...],
     text_key: str,
-    needs_text: bool,
     min_side: int,
     max_aspect: float,
 ) -> Scan:
@@ -163,14 +192,10 @@ def _scan(
                 keys.append(key)
                 texts.append(captions.of(key))
                 sizes.append(size)
-    if needs_text or any(texts):
-        skipped[NO_CAPTION] = [key for key, text in zip(keys, texts, strict=True) if not text]
-        kept = [i for i, text in enumerate(texts) if text]
-        keys, texts, sizes = ([values[i] for i in kept] for values in (keys, texts, sizes))
-    elif keys:
+    if keys and not any(texts):
         captions.notes.append("No picture has a caption; that is enough for a tokenizer.")
-    skipped = {reason: tuple(names) for reason, names in skipped.items() if names}
-    return Scan(root, tuple(keys), tuple(texts), tuple(sizes), skipped, tuple(captions.finish()))
+    named = {reason: tuple(names) for reason, names in skipped.items()}
+    return Scan(root, tuple(keys), tuple(texts), tuple(sizes), named, tuple(captions.finish()))
 
 
 @functools.lru_cache(maxsize=64)
@@ -194,14 +219,16 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def named_splits(scanned: Scan, train_name: str = "train", eval_name: str = "test") -> tuple[str, ...]:
+def named_splits(scanned: Scan, train_name: str = SPLITS[0], eval_name: str = SPLITS[1]) -> tuple[str, ...]:
     """The two names, if they are those of sub-folders which are the splits; else ()."""
     names = (train_name, eval_name)
     tops = {key.partition("/")[0] for key in scanned.keys if "/" in key}
     return names if tops.issuperset(names) and train_name != eval_name else ()
 
 
-def split_positions(scanned: Scan, split: str, train_name: str = "train", eval_name: str = "test") -> tuple[int, ...]:
+def split_positions(
+    scanned: Scan, split: str, train_name: str = SPLITS[0], eval_name: str = SPLITS[1]
+) -> tuple[int, ...]:
     """Positions (in `scanned.keys`) of the pictures of one split.
 
     If the folder has sub-folders named `train_name` and `eval_name`, they are the splits. Else the hash
@@ -250,6 +277,7 @@ class FolderSource:
             needs_text=spec.text_length > 0,
             min_side=spec.min_side,
             max_aspect=spec.max_aspect,
+            splits=(spec.split, spec.eval_split),
         )
         _log_once(self.scan.summary(), logging.WARNING if self.scan.skipped or self.scan.notes else logging.INFO)
         self._spec = spec
@@ -354,7 +382,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
     parser.add_argument("--text_key", default="text", help="the captions' column in metadata files")
     options = parser.parse_args(arguments)
-    found = scan(options.folder, text_key=options.text_key, needs_text=False)
+    try:
+        found = _listed(options.folder, options.text_key, min_side=0, max_aspect=0.0, splits=SPLITS)
+    except FileNotFoundError as error:
+        print(str(error).replace("data.path", "DIR"), file=sys.stderr)
+        return 1
+    if any(found.captions):
+        found = _captioned(found)
     for reason, names in sorted(found.skipped.items()):
         for name in names:
             print(f"{printable(name)}\t{reason}")

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -16,7 +17,9 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 from etils import epath
+from PIL import Image
 
 from muse_jax.data import folders, tfds_features, transforms
 
@@ -211,20 +214,20 @@ class Parquet:
                 table = pq.ParquetFile(file)
                 self._check(table.schema_arrow)
                 for batch in table.iter_batches(64, columns=[self.image_key, self.text_key]):
-                    for values in batch.to_pylist():
-                        yield self._sample(f"{name}:{row}", values)
+                    for image, text in zip(batch.column(self.image_key), batch.column(self.text_key), strict=True):
+                        yield self._sample(f"{name}:{row}", image, text)
                         row += 1
         except InputError as error:
             yield Skipped(name, f"file not read: {error}", sample=False)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError) as error:
             reason = f"damaged file after {row} rows ({type(error).__name__}): the rest is lost"
             yield Skipped(name, reason, sample=False)
 
-    def _sample(self, key: str, values: Mapping[str, Any]) -> Sample | Skipped:
-        image = values[self.image_key]
-        if isinstance(image, Mapping):
-            image = image["bytes"]
-        return Sample(key, image, _texts(values[self.text_key])) if image else Skipped(key, NO_PICTURE)
+    def _sample(self, key: str, image: Any, text: Any) -> Sample | Skipped:
+        import pyarrow as pa
+
+        found = (image["bytes"] if isinstance(image, pa.StructScalar) else image).as_py()
+        return Sample(key, found, _texts(_decoded(text))) if found else Skipped(key, NO_PICTURE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,12 +279,13 @@ class TFDS:
         ]
 
     def samples(self, piece: Piece) -> Samples:
-        """The examples of a range; pictures as they are stored, not decoded."""
+        """The examples of a range; pictures as they are stored, but those of floats, of which files have the bits."""
         import tensorflow_datasets as tfds
 
         builder = self._builder()
-        text = dict(tfds_features.flat(builder.info.features)).get(self.text_key)
-        decoders = {self.image_key: tfds.decode.SkipDecoding()}
+        features = dict(tfds_features.flat(builder.info.features))
+        text, floats = features.get(self.text_key), np.dtype(features[self.image_key].np_dtype).kind == "f"
+        decoders = None if floats else tfds_features.nested(self.image_key, tfds.decode.SkipDecoding())
         if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:  # which TFDS reads in this way only
             stored = builder.as_data_source(split=self.split, decoders=decoders)
             examples = (stored[number] for number in range(piece["start"], piece["stop"]))
@@ -290,7 +294,15 @@ class TFDS:
             examples = tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders))
         for number, example in enumerate(examples, piece["start"]):
             values = tfds_features.get(example, self.text_key) if text is not None else ""
-            yield Sample(f"{self.split}:{number}", example[self.image_key], _texts(_captions(text, values)))
+            image = tfds_features.get(example, self.image_key)
+            file = _png(tfds_features.as_image(np.asarray(image))) if floats else image
+            yield Sample(f"{self.split}:{number}", file, _texts(_captions(text, values)))
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def _stored(kind: Any) -> Any:
@@ -298,6 +310,17 @@ def _stored(kind: Any) -> Any:
     import pyarrow as pa
 
     return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _decoded(found: Any) -> Any:
+    """A text of a Parquet column, or a list of them; what is no UTF-8, at which pyarrow would stop, is replaced."""
+    import pyarrow as pa
+
+    if isinstance(found, pa.ListScalar):
+        return [_decoded(one) for one in found.values or ()]
+    if isinstance(found, pa.DictionaryScalar):
+        found = found.value
+    return found.as_buffer().to_pybytes().decode("utf-8", "replace") if found.is_valid else None
 
 
 def _captions(feature: Any, value: Any) -> Any:

@@ -16,8 +16,9 @@ _DRAWS = 2**31  # of one source, as Grain counts them; no run gets there
 class Mixture:
     """The examples of several sources, one source after the other; `order` mixes them.
 
-    Of any stretch of positions each source has its weight's share, up to one example. Each source goes
-    through its own epochs, in its own order, with the crops that it would have alone.
+    Of any stretch of positions each source has its weight's share, to within a few examples: one of two
+    sources, about three of ten. Weights count in whole hundredths of the smallest one. Each source goes through
+    its own epochs, in its own order, with the crops that it would have alone.
 
     Args:
       sources: {label: (weight, source)}.

@@ -11,7 +11,13 @@ from muse_jax.data.reading import Reader
 from muse_jax.specs import DataSpec
 
 EMBEDDINGS, MASK = "text_embeddings", "text_mask"
-DTYPES = {"uint16": np.uint16, "int32": np.int32, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+DTYPES = {
+    "uint16": np.uint16,
+    "int32": np.int32,
+    "float32": np.float32,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float16": np.float16,
+}
 
 
 def pack(example: Mapping[str, np.ndarray], text: str, features: Mapping[str, Any], label: int | None = None) -> bytes:
@@ -43,6 +49,9 @@ class PrecomputedSource:
 
     Attributes:
       key: what the tokens were made with: tokenizers, crops, texts.
+      features: {name: {"dtype": ..., "shape": ...}} of what a record has.
+      vocabulary: that of the data's captions, as JSON, of which the records have those that were drawn; None where
+        the config named another, and in manifests that were written without one.
 
     Raises:
       ValueError: if the folder is no whole one, or has no text embeddings where the spec wants them.
@@ -55,14 +64,15 @@ class PrecomputedSource:
         self._shards = array_records.shards_of(folder, manifest, split)
         self._records = array_records.open_shards(folder, self._shards)
         self._epochs = manifest["epochs"][split]
-        self._features = manifest["features"]
+        self.features: dict[str, Any] = manifest["features"]
         self.key: dict[str, Any] = manifest["key"]
-        if spec.text_embeddings and EMBEDDINGS not in self._features:
+        self.vocabulary: dict[str, Any] | None = manifest.get("vocabulary")
+        if spec.text_embeddings and EMBEDDINGS not in self.features:
             raise ValueError(
                 f"{spec.path} has no text embeddings; precompute them with --text_embeddings, or set "
                 "data.text_embeddings=False to compute them while training."
             )
-        self._reader = Reader(self._read, length=len(self), name_of=self._name_of, fixed=False)
+        self._reader = Reader(self._read, length=len(self._records), name_of=self._name_of, fixed=False)
 
     def __len__(self) -> int:
         return len(self._records) // self._epochs
@@ -72,15 +82,16 @@ class PrecomputedSource:
 
     def example(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
         """Tokens and text, or text embeddings; the example id, which ends the seed, says of which epoch."""
-        return self._reader.example(index, seed)
+        return self._reader.example(seed[-1] // len(self) % self._epochs * len(self) + index, seed)
 
-    def _name_of(self, index: int) -> str:
-        return f"example {index} of {self._name}"
+    def _name_of(self, position: int) -> str:
+        return f"record {position} of {self._name}"
 
-    def _read(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
-        record = array_records.read(self._records, seed[-1] // len(self) % self._epochs * len(self) + index)
+    def _read(self, position: int, seed: tuple[int, ...]) -> dict[str, Any]:
+        del seed  # nothing is left to draw
+        record = array_records.read(self._records, position)
         made: dict[str, Any] = {}
-        for name, feature in self._features.items():
+        for name, feature in self.features.items():
             if name != EMBEDDINGS:
                 made[name] = self._array(record, name).astype(np.int32)
             elif self._spec.text_embeddings:
@@ -90,7 +101,7 @@ class PrecomputedSource:
         return made | ({"label": record["label"]} if "label" in record else {})
 
     def _array(self, record: Mapping[str, Any], name: str) -> np.ndarray:
-        return np.frombuffer(record[name], DTYPES[self._features[name]["dtype"]])
+        return np.frombuffer(record[name], DTYPES[self.features[name]["dtype"]])
 
     def _embeddings(self, values: np.ndarray) -> dict[str, np.ndarray]:
         length = self._spec.text_length

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 
 class Features:
@@ -24,11 +25,17 @@ class Features:
         """The feature of pictures.
 
         Raises:
-          ValueError: if there is none of this name, or it is no picture.
+          ValueError: if there is none of this name, or it is no picture, or several of an example.
         """
         from tensorflow_datasets import features
 
-        return self._feature(key, "image_key", (features.Image,))
+        feature = self._feature(key, "image_key", (features.Image,))
+        held = self._features
+        for part in key.split("/"):
+            held = inner(held)[part]
+            if isinstance(held, features.Sequence):
+                raise ValueError(f"data.image_key is {key!r}, a sequence; expected one picture. {self.listed()}")
+        return feature
 
     def text(self, key: str) -> Any:
         """The feature of captions or labels; raises as `image` does."""
@@ -73,14 +80,32 @@ def get(record: Mapping[str, Any], key: str) -> Any:
     return record
 
 
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """{"feature": {"inner": value}}, where `get` finds the value by "feature/inner"."""
+    for part in reversed(key.split("/")):
+        value = {part: value}
+    return value
+
+
 def is_many(value: Any) -> bool:
     """Whether this is a sequence's value."""
     return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def as_text(feature: Any, value: Any) -> str:
-    """A text, or the name of a label."""
+    """A text, or the name of a label; "" of the label -1, by which TFDS says that there is none."""
     if hasattr(feature, "int2str"):
-        return feature.int2str(int(value)).replace("_", " ")
+        return feature.int2str(int(value)).replace("_", " ") if int(value) >= 0 else ""
     value = value.item() if isinstance(value, np.ndarray) else value
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def as_image(values: np.ndarray) -> Image.Image:
+    """An array [h, w, c] of whatever type as a Pillow image; floats are in [0, 1]."""
+    if values.dtype.kind == "f":
+        values = np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8)
+    if values.shape[-1] == 1:
+        return Image.fromarray(values[..., 0])
+    if values.dtype != np.uint8:
+        values = (values.astype(np.float32) * (255 / 65535) + 0.5).astype(np.uint8)
+    return Image.fromarray(values)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from muse_jax.data import tfds_features, transforms
 from muse_jax.data.reading import Reader
@@ -112,7 +111,8 @@ class TFDSSource:
         crop = {"crop": spec.crop, "flip": spec.flip, "seed": seed}
         if self._encoded:
             return transforms.decode(io.BytesIO(value), spec.image_size, **crop)
-        return transforms.crop_of_example(transforms.to_rgb(_image(np.asarray(value))), spec.image_size, **crop)
+        image = transforms.to_rgb(tfds_features.as_image(np.asarray(value)))
+        return transforms.crop_of_example(image, spec.image_size, **crop)
 
     def _caption(self, value: Any, seed: tuple[int, ...]) -> str:
         if tfds_features.is_many(value):
@@ -136,16 +136,7 @@ class TFDSSource:
         return [tfds_features.as_text(label, i) for i in range(label.num_classes)]
 
     def fingerprint(self) -> str:
-        """Name, configuration and version of the data set, the split and its number of examples."""
-        return f"tfds:{self._name}:{len(self)}"
-
-
-def _image(values: np.ndarray) -> Image.Image:
-    """An array [h, w, c] of whatever type as a Pillow image; floats are in [0, 1]."""
-    if values.dtype.kind == "f":
-        values = np.clip(values * 255 + 0.5, 0, 255).astype(np.uint8)
-    if values.shape[-1] == 1:
-        return Image.fromarray(values[..., 0])
-    if values.dtype != np.uint8:
-        values = (values.astype(np.float32) * (255 / 65535) + 0.5).astype(np.uint8)
-    return Image.fromarray(values)
+        """Name, configuration and version of the data set, the split, its number of examples and the keys read."""
+        keys = {key: getattr(self._spec, key) for key in ("image_key", "text_key")}
+        other = "".join(f":{key}={value}" for key, value in keys.items() if value != getattr(DataSpec, key))
+        return f"tfds:{self._name}:{len(self)}{other}"

@@ -58,6 +58,13 @@ def test_a_folder_has_one_sub_folder_a_class(tmp_path):
     assert data.make_vocabulary(spec).names == ("dog", "wild cat")
 
 
+def test_a_caption_in_a_folder_of_classes_costs_no_other_picture(tmp_path):
+    _pictures(tmp_path, [f"{split}/{name}/0.png" for split in ("train", "test") for name in ("cat", "dog")])
+    (tmp_path / "train/cat/0.txt").write_text("a caption")
+    source = data.make_source(DataSpec(name="folder", path=str(tmp_path), image_size=8, vocabulary="classes"))
+    assert [source.class_names()[source[i]["label"]] for i in range(len(source))] == ["cat", "dog"]
+
+
 def test_a_folder_with_splits_has_the_classes_within_them(tmp_path):
     _pictures(tmp_path, [f"{split}/{name}/0.png" for split in ("train", "test") for name in ("cat", "dog")])
     spec = DataSpec(name="folder", path=str(tmp_path), image_size=8, vocabulary="classes")

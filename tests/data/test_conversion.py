@@ -254,6 +254,15 @@ def test_a_folder_gives_the_examples_and_splits_that_it_gives_itself(tmp_path):
     assert everything(tmp_path / "out") == {f"picture {i}": colour(i) for i in range(30)}
 
 
+def test_a_folders_pictures_without_captions_are_kept_for_tokenizers(tmp_path):
+    pictures = tmp_path / "pictures"
+    captioned(pictures, 3)
+    (pictures / "0.txt").unlink()
+    found = run(job(inputs.Folder(str(pictures), needs_text=False), tmp_path / "out", eval_share=0.0, needs_text=False))
+    assert found["skipped"] == {}
+    assert list(data.make_source(spec_of(tmp_path / "out")).captions()) == ["", "picture 1", "picture 2"]
+
+
 def captioned(folder, count, caption="picture {}"):
     """Pictures with captions beside them, as a folder."""
     folder.mkdir(parents=True)
@@ -348,6 +357,24 @@ def test_parquet_categoricals_are_texts(tmp_path):
     pq.write_table(pa.table({"image": [picture(i) for i in range(3)], "text": texts}), tmp_path / "a.parquet")
     run(job(inputs.Parquet(str(tmp_path)), tmp_path / "out", eval_share=0.0))
     assert list(data.make_source(spec_of(tmp_path / "out")).captions()) == ["red", "green", "red"]
+
+
+@pytest.mark.parametrize("kind", ["text", "categorical", "list"])
+def test_a_parquet_caption_that_is_no_utf8_costs_its_odd_bytes_alone(tmp_path, kind):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    written = pa.array([b"one", b"caf\xe9", None, b"four"], pa.binary())
+    texts = pa.Array.from_buffers(pa.string(), 4, written.buffers())
+    if kind == "categorical":
+        texts = texts.dictionary_encode()
+    if kind == "list":
+        texts = pa.ListArray.from_arrays([0, 1, 2, 3, 4], texts)
+    paths = pa.Array.from_buffers(pa.string(), 4, written.buffers())
+    images = pa.StructArray.from_arrays([pa.array([picture(i) for i in range(4)]), paths], ["bytes", "path"])
+    pq.write_table(pa.table({"image": images, "text": texts}), tmp_path / "a.parquet")
+    found = run(job(inputs.Parquet(str(tmp_path)), tmp_path / "out", eval_share=0.0))
+    assert found["skipped"] == {"no caption": {"count": 1, "first": ["a.parquet:2"]}}
+    assert found["notes"] == {}
+    assert list(data.make_source(spec_of(tmp_path / "out")).captions()) == ["one", "caf\ufffd", "four"]
 
 
 def test_filters_at_reading(tmp_path):

@@ -165,6 +165,14 @@ def test_many_skipped_files_are_all_listed_by_the_command(tmp_path, capsys, capl
     assert "1 pictures are usable" in printed
 
 
+def test_the_command_lists_a_folder_without_a_usable_picture(tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"no")
+    assert folders.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "bad.png\tnot a readable picture\n0 pictures are usable by their headers.\n"
+    assert folders.main([str(tmp_path / "nowhere")]) == 1
+    assert "nowhere', which is no folder. Expected picture files" in capsys.readouterr().err
+
+
 def test_the_command_runs_without_a_warning(zoo):
     command = [sys.executable, "-W", "error", "-m", "muse_jax.data.folders", str(zoo)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -272,14 +280,15 @@ def test_metadata_faults_are_reported(tmp_path):
     assert "sub/metadata.jsonl: 1 rows name files outside its folder (../a.png, ...)" in summary
 
 
-def test_a_tokenizer_needs_no_captions_but_only_where_there_are_none(tmp_path):
+def test_a_tokenizer_needs_no_captions(tmp_path):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
     source = data.make_source(spec_of(tmp_path, text_length=0))
     assert len(source.scan.keys) == 2
     assert "text" not in source[0]
     (tmp_path / "a.txt").write_text("a caption")
-    assert data.make_source(spec_of(tmp_path, text_length=0)).scan.skipped == {"no caption": ("b.png",)}
+    assert data.make_source(spec_of(tmp_path, text_length=0)).scan.keys == ("a.png", "b.png")
+    assert data.make_source(spec_of(tmp_path)).scan.skipped == {"no caption": ("b.png",)}
 
 
 def test_splits_are_apart_and_keep_when_files_are_added(tmp_path):
@@ -325,6 +334,33 @@ def test_folders_named_like_the_splits_are_the_splits(tmp_path):
         source = data.make_source(spec_of(tmp_path), split)
         assert {source[i]["text"] for i in range(len(source))} == {name}
         assert len(source) == count
+
+
+@pytest.mark.parametrize(
+    ("folder", "link", "target"),
+    [
+        ("test", "validation", "test"),
+        ("test", "train/more", "../test"),
+        ("val", "test", "val"),
+        ("train/held_out", "test", "train/held_out"),
+    ],
+)
+def test_a_link_to_a_splits_folder_makes_no_test_picture_a_training_one(tmp_path, folder, link, target):
+    for i in range(6):
+        picture(tmp_path / f"train/{i}.png").with_suffix(".txt").write_text("to train on")
+        picture(tmp_path / folder / f"{i}.png").with_suffix(".txt").write_text("to test on")
+    os.symlink(target, tmp_path / link)
+    for split, caption in (("train", "to train on"), ("eval", "to test on")):
+        assert list(data.make_source(spec_of(tmp_path), split).captions()) == [caption] * 6
+
+
+def test_a_link_may_be_the_folder_to_train_on(tmp_path):
+    for i in range(6):
+        picture(tmp_path / f"images/{i}.png").with_suffix(".txt").write_text("to train on")
+        picture(tmp_path / f"val/{i}.png").with_suffix(".txt").write_text("to test on")
+    os.symlink("images", tmp_path / "mine")
+    source = data.make_source(spec_of(tmp_path, split="mine", eval_split="val"))
+    assert list(source.captions()) == ["to train on"] * 6
 
 
 def test_the_order_does_not_depend_on_the_disk(tmp_path):

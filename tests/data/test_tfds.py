@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 
 class Pets(tfds.core.GeneratorBasedBuilder):
-    """Grey pictures with a label and several captions."""
+    """Grey pictures with a label and several captions; those to test on have no label."""
 
     VERSION = tfds.core.Version("2.0.0")
 
@@ -29,18 +29,22 @@ class Pets(tfds.core.GeneratorBasedBuilder):
             "species": tfds.features.ClassLabel(names=["house_cat", "dog"]),
             "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
             "depth": tfds.features.Image(shape=(4, 6, 1), dtype=np.float32),
+            "view": {"photo": tfds.features.Image(shape=(4, 6, 3))},
+            "frames": tfds.features.Sequence(tfds.features.Image(shape=(4, 6, 3))),
         }))
 
     def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(6), "test": self._generate_examples(2)}
+        return {"train": self._generate_examples(6), "test": self._generate_examples(2, labelled=False)}
 
-    def _generate_examples(self, count):
+    def _generate_examples(self, count, labelled=True):
         for i in range(count):
             yield i, {
                 "photo": np.full((10, 20, 1), 40 * i, np.uint8),
-                "species": i % 2,
+                "species": i % 2 if labelled else -1,
                 "captions": [{"text": f"picture {i}, seen by {k}"} for k in ("ann", "bob", "eve")],
                 "depth": np.full((4, 6, 1), i / 10, np.float32),
+                "view": {"photo": np.full((4, 6, 3), 30 * i, np.uint8)},
+                "frames": [np.zeros((4, 6, 3), np.uint8)] * 2,
             }
 
 
@@ -113,6 +117,11 @@ def test_labels_become_text_and_numbers(pets):
     assert sorted(plain) == ["image", "label"]
 
 
+def test_what_has_no_label_has_no_text(pets):
+    source = data.make_source(dataclasses.replace(pets, text_key="species", text_length=4), "eval")
+    assert [(source[i]["text"], source[i]["label"]) for i in range(2)] == [("", -1)] * 2
+
+
 def test_labels_are_classes(pets):
     spec = dataclasses.replace(pets, vocabulary="classes")
     assert data.make_vocabulary(spec).names == ("house cat", "dog")
@@ -145,6 +154,7 @@ def test_splits_and_slices(pets):
         ({"text_key": "captoin"}, ("data.text_key is 'captoin'", "captions/text (Text)", "species (ClassLabel)")),
         ({"text_key": "photo"}, ("of type Image; expected Text or ClassLabel", "photo (Image)")),
         ({"image_key": "image"}, ("data.image_key is 'image'", "photo (Image)")),
+        ({"image_key": "frames"}, ("data.image_key is 'frames', a sequence; expected one picture", "photo (Image)")),
         ({"text_length": 5}, ("data.text_key is empty", "captions/text (Text)")),
         ({"split": "trian"}, ("'trian'", "'train'")),
         ({"dataset": "petz"}, ("'petz'",)),
@@ -163,9 +173,10 @@ def test_a_format_without_random_access_says_what_to_do(pets):
         data.make_source(dataclasses.replace(pets, path=f"{pets.path}/old"))
 
 
-def test_fingerprints_have_name_version_and_count(pets, spec):
-    assert data.fingerprint(pets) == "tfds:pets/2.0.0/train:6"
-    assert data.fingerprint(spec) == f"tfds:scenes/32/{scenes.VERSION}.0.0/train:{COUNT}"
+def test_fingerprints_have_name_version_count_and_keys(pets, spec):
+    assert data.fingerprint(pets) == "tfds:pets/2.0.0/train:6:image_key=photo"
+    assert data.fingerprint(spec) == f"tfds:scenes/32/{scenes.VERSION}.0.0/train:{COUNT}:text_key=caption"
+    assert data.fingerprint(dataclasses.replace(spec, text_key="", text_length=0)).endswith(f"/train:{COUNT}")
 
 
 @pytest.mark.slow
@@ -176,13 +187,15 @@ def test_conversion_to_array_record_shards(built, tmp_path, folder):
         "import json\n"
         "from etils import epath\n"
         "from muse_jax.data import array_records, conversion, inputs\n"
-        f"keys = dict(path={f'{built}/{folder}'!r}, image_key='photo', text_key='captions/text')\n"
-        "source = inputs.TFDS('pets', per_shard=4, **keys)\n"
-        f"job = conversion.Conversion(source, {str(tmp_path)!r}, 0.0, True, 0, 0.0)\n"
-        "pieces = source.pieces()\n"
-        "array_records.begin(epath.Path(job.out), job.plan(pieces))\n"
-        "job.write_manifest([job.convert(i, len(pieces), piece) for i, piece in enumerate(pieces)])\n"
-        "for wrong in ({'image_key': 'fhoto'}, {'text_key': 'depth'}, {'split': 'val'}, {'dataset': 'cats'}):\n"
+        "for key in ('photo', 'depth', 'view/photo'):\n"
+        f"    keys = dict(path={f'{built}/{folder}'!r}, image_key=key, text_key='captions/text')\n"
+        "    source = inputs.TFDS('pets', per_shard=4, **keys)\n"
+        f"    job = conversion.Conversion(source, {str(tmp_path)!r} + '/' + key, 0.0, True, 0, 0.0)\n"
+        "    pieces = source.pieces()\n"
+        "    array_records.begin(epath.Path(job.out), job.plan(pieces))\n"
+        "    job.write_manifest([job.convert(i, len(pieces), piece) for i, piece in enumerate(pieces)])\n"
+        "wrong = ({'image_key': 'fhoto'}, {'image_key': 'frames'}, {'text_key': 'depth'}, {'split': 'val'})\n"
+        "for wrong in (*wrong, {'dataset': 'cats'}):\n"
         "    try:\n"
         f"        inputs.TFDS(**{{'dataset': 'pets', 'path': {built!r}, 'image_key': 'photo', **wrong}}).pieces()\n"
         "    except inputs.InputError as error:\n"
@@ -190,15 +203,22 @@ def test_conversion_to_array_record_shards(built, tmp_path, folder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    for words in ("--image_key is 'fhoto'", "--text_key is 'depth', of type Image", "no split 'val'", "'cats'"):
+    for words in (
+        "--image_key is 'fhoto'",
+        "'frames', a sequence; expected one picture",
+        "--text_key is 'depth', of type Image",
+        "no split 'val'",
+        "'cats'",
+    ):
         assert words in done.stdout
-    source = data.make_source(DataSpec(name="array_record", image_size=8, path=str(tmp_path)))
-    assert len(source) == 6
-    for index in range(6):
-        example = source.example(index, (0, index))
-        number = int(example["text"].removeprefix("picture ").split(",")[0])
-        assert int(example["image"].mean()) == 40 * number
-    assert len(list(source.captions())) == 18
+    for key, step in {"photo": 40, "depth": 25.5, "view/photo": 30}.items():
+        source = data.make_source(DataSpec(name="array_record", image_size=4, path=str(tmp_path / key)))
+        assert len(source) == 6
+        for index in range(6):
+            example = source.example(index, (0, index))
+            number = int(example["text"].removeprefix("picture ").split(",")[0])
+            assert example["image"].mean() == pytest.approx(step * number, abs=0.5), key
+        assert len(list(source.captions())) == 18
 
 
 def test_reading_does_not_import_tensorflow(spec):
