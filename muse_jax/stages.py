@@ -49,8 +49,17 @@ def _tokenizer_task(spec: specs.Spec, load_stage: LoadStage, abstract: bool) -> 
     if spec.task.init_from:
         start = _tokenizer(load_stage(spec.task.init_from), "task.init_from").params
         _check_start(spec, start)
-    perceptual = lpips.load_lpips(spec.task.perceptual_weights) if spec.task.perceptual else None
-    return TokenizerTask(spec, start, perceptual)
+    return TokenizerTask(spec, start, _perceptual(spec.task) if spec.task.perceptual else None)
+
+
+def _perceptual(task: specs.TokenizerTaskSpec) -> Any:
+    try:
+        return lpips.load_lpips(task.perceptual_weights)
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            f"task.perceptual_weights is {task.perceptual_weights!r}: {error} third_party/README.md says how to make "
+            "the file; to train without it set task.perceptual=0 and task.perceptual_weights=''."
+        ) from error
 
 
 def _check_start(spec: specs.Spec, start: Any) -> None:

@@ -23,6 +23,8 @@ from muse_jax.training import trees
 
 _LAYERS = "encoder/layers/"
 _EMBEDDING, _BIAS = "token_embedder/embedding", "encoder/relpos_bias/rel_embedding"
+DEEPEST = 1000  # layers; the published ones have 24
+_BUCKETS = 32  # of all of T5 v1.0, 1.1 and Flan
 _ROWS = 4096  # of a table that are read at once
 # What is small, and what every layer's result depends on, stays float32 in a bfloat16 file.
 _SENSITIVE = ("scale", "rel_embedding")
@@ -74,22 +76,34 @@ def convert(
 
 def _spec(found: Mapping[str, Tensor], names: Names, where: str) -> specs.TextEncoderSpec:
     """The sizes that the tensors' shapes imply."""
-    numbers = [int(match[1]) for match in map(names.layer.match, found) if match]
+    layers = _layers(found, names, where)
+    gated = names.name("mlp/wi_0/kernel", 0) in found
+    vocabulary, width = _matrix(found, names, _EMBEDDING, None, where)
+    heads, buckets = _matrix(found, names, _BIAS, None, where)
+    if buckets != _BUCKETS:  # a table that is transposed would be another model's
+        name = names.name(_BIAS, None)
+        expected = f"({_BUCKETS}, heads)" if names.transposed(_BIAS) else f"(heads, {_BUCKETS})"
+        raise WeightsError(f"{where}: {name} has the shape {tuple(found[name].shape)}; expected {expected}.")
+    inner = _matrix(found, names, "attention/query/kernel", 0, where)[1]
+    mlp_width = _matrix(found, names, f"mlp/{'wi_0' if gated else 'wi'}/kernel", 0, where)[1]
+    if inner % heads:
+        name = names.name("attention/query/kernel", 0)
+        raise WeightsError(f"{where}: {name} has {inner} outputs; expected a multiple of the {heads} heads.")
+    return specs.TextEncoderSpec(*(vocabulary, layers, width, heads, inner // heads, mlp_width, buckets), gated=gated)
+
+
+def _layers(found: Mapping[str, Tensor], names: Names, where: str) -> int:
+    """How many layers the tensors' names number."""
+    numbers = {match[1]: name for name in found if (match := names.layer.match(name))}
     if not numbers:
         raise WeightsError(
             f"{where} has no tensor like {names.name('attention/query/kernel', 0)}; it is no T5 encoder."
         )
-    gated = names.name("mlp/wi_0/kernel", 0) in found
-    vocabulary, width = _matrix(found, names, _EMBEDDING, None, where)
-    heads, buckets = _matrix(found, names, _BIAS, None, where)
-    inner = _matrix(found, names, "attention/query/kernel", 0, where)[1]
-    mlp_width = _matrix(found, names, f"mlp/{'wi_0' if gated else 'wi'}/kernel", 0, where)[1]
-    if not heads or inner % heads:
-        name = names.name("attention/query/kernel", 0)
-        raise WeightsError(f"{where}: {name} has {inner} outputs; expected a multiple of the {heads} heads.")
-    return specs.TextEncoderSpec(
-        *(vocabulary, max(numbers) + 1, width, heads, inner // heads, mlp_width, buckets), gated=gated
-    )
+    longest = max(numbers, key=len)  # Python reads no number of thousands of digits
+    if len(longest) > len(str(DEEPEST)) or max(map(int, numbers)) >= DEEPEST:
+        name = numbers[longest]
+        raise WeightsError(f"{where} has the tensor {name[:100]}; expected layers that are numbered below {DEEPEST}.")
+    return max(map(int, numbers)) + 1
 
 
 def _matrix(found: Mapping[str, Tensor], names: Names, ours: str, layer: int | None, where: str) -> tuple[int, int]:
@@ -99,6 +113,8 @@ def _matrix(found: Mapping[str, Tensor], names: Names, ours: str, layer: int | N
     shape = tuple(found[name].shape)
     if len(shape) != 2:
         raise WeightsError(f"{where}: {name} has the shape {shape}; expected two dimensions.")
+    if 0 in shape:
+        raise WeightsError(f"{where}: {name} has the shape {shape}; expected sizes from 1.")
     return shape[::-1] if names.transposed(ours) else shape
 
 

@@ -22,7 +22,6 @@ _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 _TWIN = "encoder.embed_tokens.weight"  # a second name of the embedding in some files
 _GATED = {"gated-gelu": True, "relu": False}
 _EPSILON = 1e-6  # of our norms
-_DEEPEST = 1000  # layers; the published ones have 24
 _SIZES = ("num_layers", "d_model", "num_heads", "d_kv", "d_ff")  # in our spec's order, after the vocabulary's
 
 
@@ -84,11 +83,14 @@ def _sharded(place: epath.Path, index: str) -> dict[str, Any]:
     """The tensors that an index lists, each from the file that it names."""
     try:
         listed: Mapping[str, str] = json.loads((place / index).read_text())["weight_map"]
-        names = sorted(set(listed.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        strange = [tensor for tensor, file in listed.items() if not isinstance(file, str)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{place / index} is damaged: {error!r}.") from error
+    if strange:
+        found = listed[strange[0]]
+        raise WeightsError(f"{place / index} has {strange[0]} in the file {found!r}; expected a file's name.")
     merged: dict[str, Any] = {}
-    for name in names:
+    for name in sorted(set(listed.values())):
         if "/" in name or "\\" in name or name.startswith("."):
             raise WeightsError(f"{place / index} names the file {name!r}; expected one in the same folder.")
         owned = sorted(tensor for tensor, file in listed.items() if file == name)
@@ -127,15 +129,15 @@ def _spec(path: epath.Path, files: Mapping[str, Tensor]) -> specs.TextEncoderSpe
     if config.get("layer_norm_epsilon", _EPSILON) != _EPSILON:
         raise WeightsError(f"{path} has layer_norm_epsilon {config['layer_norm_epsilon']}; expected 1e-6.")
     sizes = {name: _size(config, name, path) for name in ("vocab_size", *_SIZES)}
-    buckets = _size(config, "relative_attention_num_buckets", path, 32)
+    buckets = _size(config, "relative_attention_num_buckets", path, 32, least=4)
     distance = _size(config, "relative_attention_max_distance", path, 128)
     if distance <= buckets // 4:
         raise WeightsError(
             f"{path} has relative_attention_max_distance {distance}; expected more than a quarter of the {buckets} "
             "buckets, which hold a distance each."
         )
-    if sizes["num_layers"] > _DEEPEST:
-        raise WeightsError(f"{path} has num_layers {sizes['num_layers']}; expected at most {_DEEPEST}.")
+    if sizes["num_layers"] > t5.DEEPEST:
+        raise WeightsError(f"{path} has num_layers {sizes['num_layers']}; expected at most {t5.DEEPEST}.")
     # The embedding may have more rows than config.json says: some models are padded after it is written.
     embedding = files.get("shared.weight", files.get(_TWIN))
     rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
@@ -157,9 +159,9 @@ def _read(path: epath.Path) -> dict[str, Any]:
     return config
 
 
-def _size(config: Mapping[str, Any], name: str, path: epath.Path, default: int | None = None) -> int:
+def _size(config: Mapping[str, Any], name: str, path: epath.Path, default: int | None = None, least: int = 1) -> int:
     value = config.get(name, default)
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not least <= value < 2**31:
         found = f"has {name} {value!r}" if name in config else f"lacks {name}"
-        raise WeightsError(f"{path} {found}; expected a whole number from 1.")
+        raise WeightsError(f"{path} {found}; expected a whole number from {least}, below 2^31.")
     return value

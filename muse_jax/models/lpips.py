@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 from jaxtyping import Array, Float
+from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from muse_jax.models import axes
@@ -126,8 +127,8 @@ def load_lpips(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a tensor is missing, unknown, or of the wrong shape, or has values that LPIPS
-        cannot have; the message names it.
+      ValueError: it is no safetensors file; or a tensor, which the message names, is missing, unknown, or
+        of the wrong shape, or has values that LPIPS cannot have.
     """
     file, path = epath.Path(path), os.fspath(path)
     if file.is_dir():
@@ -137,7 +138,10 @@ def load_lpips(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"There is no LPIPS weights file {path!r}. Give a file or a folder that import_weights wrote, or train "
             "without the perceptual loss."
         )
-    tensors = {name: np.asarray(value, np.float32) for name, value in load(file.read_bytes()).items()}
+    try:
+        tensors = {name: np.asarray(value, np.float32) for name, value in load(file.read_bytes()).items()}
+    except SafetensorError as error:
+        raise ValueError(f"LPIPS weights {path!r} are damaged or no safetensors file: {error}.") from error
     shapes = parameter_shapes()
     if missing := sorted(shapes.keys() - tensors.keys()):
         raise ValueError(f"LPIPS weights {path!r} lack {', '.join(missing)}.")

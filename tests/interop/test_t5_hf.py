@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small import IDS, MASK, SIZES, our_embeddings, relative_error
+from small import IDS, MASK, SIZES, our_embeddings, our_params, relative_error
 
 from muse_jax.import_weights import import_weights
-from muse_jax.interop import folder
+from muse_jax.interop import folder, t5_hf
 from muse_jax.interop.tensors import WeightsError
 
 TOLERANCE = 1e-5
@@ -122,6 +122,47 @@ def test_other_tensors_are_refused_by_name(tmp_path, saved, case):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def written():
+    """The tensors of a small T5 1.1 as a Hugging Face file has them, without the peers."""
+    tensors = {}
+    for name, value in our_params().items():
+        inner = name.removeprefix("encoder/layers/")
+        for layer, part in enumerate(value) if inner != name else [(None, value)]:
+            turned = part.T if t5_hf.NAMES.transposed(inner) else part
+            tensors[t5_hf.NAMES.name(inner, layer)] = np.ascontiguousarray(turned)
+    return tensors
+
+
+BLOCK = "encoder.block.0.layer."
+WITHOUT_CONFIG = {
+    "transposed": (
+        "0.SelfAttention.relative_attention_bias",
+        (3, 32),
+        r"has the shape \(3, 32\); expected \(32, heads\)",
+    ),
+    "no outputs": ("0.SelfAttention.q", (0, 24), r"has the shape \(0, 24\); expected sizes from 1"),
+    "no inner": ("1.DenseReluDense.wi_0", (0, 24), r"has the shape \(0, 24\); expected sizes from 1"),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_CONFIG)
+def test_sizes_that_no_t5_has_are_refused_where_there_is_no_config(tmp_path, case):
+    part, shape, message = WITHOUT_CONFIG[case]
+    name = f"{BLOCK}{part}.weight"
+    save_file({**written(), name: np.ones(shape, np.float32)}, tmp_path / "alone.safetensors")
+    with pytest.raises(WeightsError, match=f"{name} {message}"):
+        import_weights("t5_hf", str(tmp_path / "alone.safetensors"), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("number", ["1000", "9" * 5000])
+def test_a_layer_that_no_t5_has_is_refused_by_its_name(tmp_path, number):
+    tensors = written()
+    tensors[Q.replace(".1.", f".{number}.", 1)] = tensors.pop(Q)
+    save_file(tensors, tmp_path / "alone.safetensors")
+    with pytest.raises(WeightsError, match=r"has the tensor encoder.block.\d+.*; expected layers .* below 1000"):
+        import_weights("t5_hf", str(tmp_path / "alone.safetensors"), str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -134,22 +175,26 @@ def test_other_tensors_are_refused_by_name(tmp_path, saved, case):
         ("vocab_size", 61.0, "config.json has vocab_size 61.0; expected a whole number"),
         ("num_layers", None, "config.json has num_layers None; expected a whole number"),
         ("num_layers", 10_000_000, "config.json has num_layers 10000000; expected at most"),
+        ("vocab_size", 2**70, f"config.json has vocab_size {2**70}; expected a whole number from 1, below"),
+        ("relative_attention_num_buckets", 1, "relative_attention_num_buckets 1; expected a whole number from 4"),
         ("relative_attention_max_distance", 8, "relative_attention_max_distance 8; expected more than a quarter"),
         ("feed_forward_proj", ["gated-gelu"], r"feed_forward_proj \['gated-gelu'\]"),
     ],
 )
-def test_other_models_are_refused_by_their_config(tmp_path, saved, key, value, message):
-    shutil.copytree(saved[0], tmp_path / "hf")
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, key: value}))
+def test_other_models_are_refused_by_their_config(tmp_path, key, value, message):
+    (tmp_path / "hf").mkdir()
+    save_file(written(), tmp_path / "hf" / "model.safetensors")
+    config = {**SIZES, "model_type": "t5", "feed_forward_proj": "gated-gelu", key: value}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match=message):
         import_weights("t5_hf", str(tmp_path / "hf"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["", '{"model_type": "t5", ', "[1]", "{}", "[" * 100_000, "\xff"])
-def test_a_damaged_config_is_named(tmp_path, saved, text):
-    shutil.copytree(saved[0], tmp_path / "hf")
+def test_a_damaged_config_is_named(tmp_path, text):
+    (tmp_path / "hf").mkdir()
+    save_file(written(), tmp_path / "hf" / "model.safetensors")
     (tmp_path / "hf" / "config.json").write_bytes(text.encode("latin1"))
     with pytest.raises(WeightsError, match="config.json (is damaged|holds a list|has the model_type None)"):
         import_weights("t5_hf", str(tmp_path / "hf"), str(tmp_path / "out"))
@@ -169,6 +214,19 @@ def test_a_part_that_is_missing_or_elsewhere_is_named(tmp_path, saved):
     with pytest.raises(WeightsError, match="names the file '../elsewhere.safetensors'"):
         import_weights("t5_hf", str(tmp_path / "hf"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", [1, None])
+def test_an_index_that_names_no_file_is_refused_by_its_tensor(tmp_path, file):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"shared.weight": file}}))
+    with pytest.raises(WeightsError, match=f"index.json has shared.weight in the file {file}; expected a file's name"):
+        import_weights("t5_hf", str(tmp_path), str(tmp_path / "out"))
+
+
+def test_an_index_of_endless_brackets_is_damaged(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map":' + "[" * 100_000)
+    with pytest.raises(WeightsError, match="index.json is damaged"):
+        import_weights("t5_hf", str(tmp_path), str(tmp_path / "out"))
 
 
 DEEP = {**SIZES, "num_layers": 24, "d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128}

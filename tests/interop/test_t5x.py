@@ -119,6 +119,15 @@ def test_damage_is_named_and_nothing_is_written(tmp_path, damage, message):
     assert [path.name for path in tmp_path.iterdir()] == ["t5x"]
 
 
+def test_a_transposed_position_bias_is_no_other_model(tmp_path):
+    """With 4 heads of 8 it could be taken for one of 32 heads and 4 buckets."""
+    params = our_params(spec_of({**SIZES, "num_heads": 4, "d_kv": 8}))
+    bias = "encoder/relpos_bias/rel_embedding"
+    write_t5x(tmp_path / "t5x", {**params, bias: np.ascontiguousarray(params[bias].T)})
+    with pytest.raises(WeightsError, match=r"rel_embedding has the shape \(32, 4\); expected \(heads, 32\)"):
+        import_weights("t5x", str(tmp_path / "t5x"), str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_embeddings_equal_t5x(tmp_path, gated):
     """T5X's own network with random parameters, whose names are compared too."""

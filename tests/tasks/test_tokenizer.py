@@ -51,6 +51,18 @@ def random_params(task):
     return nn.unbox(task.init(jax.random.key(0)))
 
 
+@pytest.mark.parametrize(("content", "said"), [(None, "There is no"), (b"xxxx", "no safetensors file")])
+def test_lpips_weights_that_cannot_be_read_name_the_mend(tmp_path, content, said):
+    path = tmp_path / "lpips.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    spec = tiny("tokenizer_low", perceptual=0.1, perceptual_weights=str(path))
+    with pytest.raises(specs.SpecError) as error:
+        stages.build_task(spec, no_stage)
+    for word in ("task.perceptual_weights", str(path), said, "third_party/README.md", "task.perceptual=0"):
+        assert word in str(error.value)
+
+
 @pytest.fixture(scope="module")
 def trained():
     """A high-resolution tokenizer's stage, with random parameters."""
