@@ -5,6 +5,7 @@ taken to be what the config NAME.py beside the run's own config would train.
 """
 
 import importlib.util
+import inspect
 import math
 import os
 import pathlib
@@ -23,14 +24,26 @@ V4_POD_CHIPS = 256  # the 512 cores of Muse, section 3; where no number of chips
 
 
 def read_config(path: str | os.PathLike[str]) -> Any:
-    """The config of a file, "FILE.py" or "FILE.py:variant"."""
+    """The config of a file, "FILE.py" or "FILE.py:variant".
+
+    Raises:
+      specs.SpecError: for what is no config, and a variant that it doesn't have.
+    """
     file, _, variant = os.fspath(path).partition(":")
-    if not os.path.isfile(file):
-        raise specs.SpecError(f"there is no config {file}.")
+    specs.check_file(file)
     found = importlib.util.spec_from_file_location("muse_jax_config", file)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
-    return module.get_config(variant) if variant else module.get_config()
+    if not hasattr(module, "get_config"):
+        raise specs.SpecError(f"{file} is no config: it has no get_config; name a file of configs/.")
+    if not variant:
+        return module.get_config()
+    if not inspect.signature(module.get_config).parameters:
+        raise specs.SpecError(f"this config has no variants; leave out {variant!r}.")
+    try:
+        return module.get_config(variant)
+    except ValueError as error:  # which says what there is
+        raise specs.SpecError(str(error)) from error
 
 
 def stage_spec(path: str, configs: pathlib.Path) -> specs.Spec:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from muse_jax import process
+from muse_jax import process, sample
 from muse_jax.training import reading, stage, trees
 
 
@@ -64,13 +64,14 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     out = _OUT.value or os.path.join(_WORKDIR.value, "averaged")
     try:
+        sample.check_above(out, "--out")
         stage.check_replaceable(out)
         params, used = average(_WORKDIR.value, _DECAY.value)
         spec, vocabulary = stage.read_description(_WORKDIR.value)
-    except (stage.StageError, ValueError) as error:
+        stage.save_stage(out, spec, trees.nest(params), vocabulary, used[-1])
+    except (reading.CheckpointError, ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
-    stage.save_stage(out, spec, trees.nest(params), vocabulary, used[-1])
     print(f"averaged the checkpoints of steps {', '.join(map(str, used))} into {out}")
 
 

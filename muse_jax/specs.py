@@ -7,8 +7,10 @@ what was given, what was expected and what to do. The rest of the code reads spe
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -298,7 +300,8 @@ class TrainSpec:
     stop_after_nonfinite: int = 10  # such steps in a row that end the run
     compare_every: int = 1000  # steps; whether replicas are the same bits; 0: with each checkpoint only
     donate: bool = True  # the new state takes the old one's memory; False keeps both
-    tpu_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # XLA's, for compiling the step for TPUs
+    # XLA's, for compiling the step for TPUs; those of one kind of TPU alone stand under its `Device.device_kind`.
+    tpu_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,6 +412,14 @@ def _fill(section: Any, cls: type) -> None:
             section[field.name] = field.default
         elif field.name not in section and field.default_factory is not dataclasses.MISSING:
             section[field.name] = field.default_factory()
+
+
+def check_file(file: str) -> None:
+    """Raises SpecError where there can be no config."""
+    if not os.path.isfile(file):
+        raise SpecError(f"there is no config {file}.")
+    if not file.endswith(".py"):
+        raise SpecError(f"{file} is no config; name a .py file of configs/.")
 
 
 def from_config(config: Any) -> Spec:
@@ -550,11 +561,22 @@ def _below_one(section: Any, names: Sequence[str], path: str) -> None:
     _each(section, names, path, lambda value: 0 <= value < 1, "at least 0 and less than 1")
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    for key, value in options.items():
+        if isinstance(value, Mapping) != key.startswith("TPU "):
+            raise SpecError(
+                f"train.tpu_options has {key!r}: {value!r}; expected XLA's options with a value each, and under a kind "
+                "of TPU as jax names it ('TPU v4', 'TPU v5 lite', 'TPU v5', 'TPU v6 lite') a section of those for it."
+            )
+
+
 def _check_numbers(spec: Spec) -> None:
     """Those with which a run would fail late, or train nonsense in silence."""
     _positive(spec.train, ("steps", "batch_size", "log_every"), "train")
     _not_negative(spec.train, ("eval_every", "eval_batches", "sample_every", "compare_every"), "train")
+    _check_options(spec.train.tpu_options)
     _positive(spec.checkpoint, ("every_steps", "keep"), "checkpoint")
+    _not_negative(spec.deadlines, [field.name for field in dataclasses.fields(spec.deadlines)], "deadlines")
     _positive(spec.deadlines, ("heartbeat",), "deadlines")
     _not_negative(spec.profile, ("start_step", "num_steps"), "profile")
     if spec.profile.num_steps and spec.profile.start_step >= spec.train.steps:
@@ -637,13 +659,29 @@ def _check_sizes(section: Any, path: str) -> None:
             _check_remat(value, path)
     if isinstance(section, PaellaSpec):
         _not_negative(section, ("layer_scale",), path)
+    if isinstance(section, TextEncoderSpec):
+        _check_positions(section, path)
+
+
+def _check_positions(text: TextEncoderSpec, path: str) -> None:
+    """A quarter of the buckets have a distance each; the next ones grow from there to the largest."""
+    _each(text, ("position_buckets",), path, lambda value: value >= 4, "at least 4")
+    exact = text.position_buckets // 4
+    _each(text, ("position_max_distance",), path, lambda value: value > exact,
+          f"more than {exact}, a quarter of {path}.position_buckets")  # fmt: skip
 
 
 def _check_remat(value: str, path: str) -> None:
     import jax  # for the few configs that name one; reading a config needs it for nothing else
 
-    if value.startswith("_") or not hasattr(jax.checkpoint_policies, value):
-        raise SpecError(f"{path}.remat is {value!r}; expected 'none', 'full' or a name in jax.checkpoint_policies.")
+    policy = None if value.startswith("_") else getattr(jax.checkpoint_policies, value, None)
+    # A policy is asked with any operation's parameters; what takes no such keywords makes one from arguments.
+    kinds = [] if policy is None else [p.kind for p in inspect.signature(policy).parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise SpecError(
+            f"{path}.remat is {value!r}; expected 'none', 'full' or the name of a policy in jax.checkpoint_policies, "
+            "not of a function that makes one."
+        )
 
 
 def _check_misfits(spec: Spec) -> None:
@@ -757,10 +795,16 @@ def _check_tokenizer(spec: Spec) -> None:
     _one_of(spec.task.trainable, ("all", "decoder"), "task.trainable")
     if spec.task.trainable == "decoder" and not spec.task.init_from:
         raise SpecError("task.trainable is 'decoder' but task.init_from is empty; name the trained tokenizer's folder.")
+    if spec.task.adversarial and spec.data.image_size < 2**spec.model.discriminator_layers:
+        raise SpecError(
+            f"model.discriminator_layers is {spec.model.discriminator_layers}, each of which halves the sides of "
+            f"pictures, but data.image_size is {spec.data.image_size}; expected at most "
+            f"{spec.data.image_size.bit_length() - 1}."
+        )
     if bool(spec.task.perceptual) != bool(spec.task.perceptual_weights):
         raise SpecError(
             f"task.perceptual is {spec.task.perceptual} and task.perceptual_weights {spec.task.perceptual_weights!r}: "
-            "give the LPIPS file, or set task.perceptual=0 to train without the perceptual loss."
+            "give both, or set task.perceptual=0 and task.perceptual_weights='' to train without the perceptual loss."
         )
 
 

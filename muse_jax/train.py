@@ -32,7 +32,7 @@ from ml_collections import config_flags
 
 from muse_jax import data, flops, precomputed, roofline, specs
 from muse_jax.data import transforms
-from muse_jax.training import checkpoint, feed, hosts, reading, replicas, resume, sharding, signals, trainer
+from muse_jax.training import checkpoint, feed, hosts, reading, replicas, resume, sharding, signals, trainer, watchdog
 
 # What a person can mend; said without a traceback.
 MENDABLE = (
@@ -63,11 +63,20 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
     Raises:
       feed.DataError: if the data can't be used; says why and what to do.
     """
+    with watchdog.Watchdog(spec.deadlines) as watch, hosts.telling(watch.described):
+        watch.enter("restore", 0)
+        finished = trainer.already_finished(spec, workdir)
+        if finished:
+            return finished
+        watch.enter("start", 0)
+        prepared = _prepare(spec)
+    return trainer.train(spec, workdir=workdir, tensorboard=tensorboard, bar=bar, **prepared)
+
+
+def _prepare(spec: specs.Spec) -> dict[str, Any]:
+    """What else `trainer.train` takes: the task, its data and what is known of them."""
     from muse_jax import stages
 
-    finished = trainer.already_finished(spec, workdir)
-    if finished:
-        return finished
     mesh = sharding.make_mesh(spec.mesh)
     sharding.check_batch(spec, mesh)
     check_attention(spec, mesh.devices.flat[0].platform)
@@ -106,19 +115,15 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
         finally:
             batches.close()
 
-    return trainer.train(
-        spec,
-        task,
-        workdir=workdir,
-        make_batches=lambda start: loader("train", start),
-        eval_batches=eval_batches,
-        data_fingerprint=source.fingerprint(),
-        vocabulary=None if vocabulary is None else vocabulary.to_json(),
-        model_flops=model_flops(spec, task),
-        peak_flops=roofline.peak_flops(jax.local_devices()[0]),
-        tensorboard=tensorboard,
-        bar=bar,
-    )
+    return {
+        "task": task,
+        "make_batches": lambda start: loader("train", start),
+        "eval_batches": eval_batches,
+        "data_fingerprint": source.fingerprint(),
+        "vocabulary": None if vocabulary is None else vocabulary.to_json(),
+        "model_flops": model_flops(spec, task),
+        "peak_flops": roofline.peak_flops(jax.local_devices()[0]),
+    }
 
 
 @contextlib.contextmanager
@@ -193,9 +198,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's, for `app.run`; a --config.KEY that the config doesn't have ends in one line instead of a traceback."""
+    """absl's, for `app.run`; a --config that is none, or a --config.KEY that it doesn't have, is said in one line."""
     try:
+        for file in _config_files(argv):
+            specs.check_file(file)
         return app.parse_flags_with_usage(argv)
+    except specs.SpecError as error:
+        print(f"--config: {error}", file=sys.stderr)
+        sys.exit(1)
     except (AttributeError, KeyError) as error:
         try:
             config_flags.get_override_values(flags.FLAGS["config"])
@@ -206,6 +216,15 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         given = [word for word in argv if key.strip("'") in re.split(r"[.=]", word)]
         print(f"{' '.join(given)}: the config has no key {key}. {hint}".rstrip(), file=sys.stderr)
         sys.exit(1)
+
+
+def _config_files(argv: Sequence[str]) -> Iterator[str]:
+    """The files, without variants, that --config=FILE or --config FILE name."""
+    for word, following in itertools.pairwise([*argv, ""]):
+        if word.startswith("-"):
+            name, equals, value = word.lstrip("-").partition("=")
+            if name == "config":
+                yield (value if equals else following).partition(":")[0]
 
 
 def define_process_flags() -> None:

@@ -114,6 +114,9 @@ def test_values_arrive():
     assert specs.from_config(ConfigDict(TOKENIZER)).model.factor == 4
 
 
+ADVERSARIAL = _changed(TOKENIZER, "task.adversarial", 0.1)
+
+
 @pytest.mark.parametrize(
     ("config", "path", "value", "words"),
     [
@@ -149,6 +152,10 @@ def test_values_arrive():
         (BASE, "data.path", "pictures", ["data.path is 'pictures'", "--configs=configs/pictures"]),
         (BASE, "model.dtype", "float64", ["model.dtype", "'bfloat16'"]),
         (BASE, "model.remat", "nothing", ["model.remat", "jax.checkpoint_policies"]),
+        (BASE, "model.remat", "save_only_these_names", ["model.remat", "jax.checkpoint_policies", "makes one"]),
+        (BASE, "model.remat", "save_from_both_policies", ["model.remat", "jax.checkpoint_policies", "makes one"]),
+        (BASE, "model.text.position_buckets", 3, ["model.text.position_buckets is 3", "at least 4"]),
+        (BASE, "model.text.position_max_distance", 8, ["model.text.position_max_distance is 8", "more than 8"]),
         (BASE, "optimizer.overrides", {"embeddings": 3}, ["optimizer.overrides.embeddings", "a section"]),
         (BASE, "optimizer.overrides", {"embeddings": {"name": "sgd"}}, ["optimizer.overrides.embeddings.name"]),
         (TOKENIZER, "model.normalization", "batch", ["model.normalization", "'layer'"]),
@@ -171,6 +178,7 @@ def test_values_arrive():
         (TOKENIZER, "task", {"name": "tokens", "tokenizer": "x"}, ["task.name 'tokenizer'"]),
         (TOKENIZER, "task.trainable", "encoder", ["task.trainable", "'decoder'"]),
         (TOKENIZER, "task.trainable", "decoder", ["task.init_from"]),
+        (ADVERSARIAL, "model.discriminator_layers", 6, ["model.discriminator_layers is 6", "32", "at most 5"]),
         (TOKENIZER, "task.perceptual", 0.1, ["task.perceptual_weights", "task.perceptual=0"]),
     ],
 )
@@ -180,6 +188,21 @@ def test_a_wrong_config_names_the_mend(config, path, value, words):
         specs.from_config(ConfigDict(_changed(config, path, value)))
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "value"),
+    [
+        (BASE, "model.remat", "dots_with_no_batch_dims_saveable"),
+        (BASE, "model.text.position_buckets", 4),
+        (BASE, "model.text.position_max_distance", 9),
+        (TOKENIZER, "model.discriminator_layers", 6),  # it isn't used
+        (ADVERSARIAL, "model.discriminator_layers", 5),
+        (BASE, "deadlines", {"save": 0.0}),
+    ],
+)
+def test_what_just_fits_is_taken(config, path, value):
+    specs.from_config(ConfigDict(_changed(config, path, value)))
 
 
 NAN = float("nan")
@@ -211,7 +234,8 @@ NAN = float("nan")
         (BASE, "optimizer.ema_decay", [1.0, -0.9]),
         (BASE, "optimizer.accumulate", [0]),
         (BASE, "train.eval_batches", [-1]),
-        (BASE, "deadlines.heartbeat", [0.0, NAN]),
+        (BASE, "deadlines.heartbeat", [0.0, NAN, float("inf")]),
+        (BASE, "deadlines.save", [-1.0, NAN, float("inf")]),
         (PICTURES, "data.min_side", [-3]),
         (PICTURES, "data.max_aspect", [NAN, 0.5, -2.0]),
         (PICTURES, "data.workers", [-1]),
@@ -233,6 +257,13 @@ def test_a_profile_that_would_never_be_taken_is_refused():
     with pytest.raises(specs.SpecError, match=r"profile\.start_step is 10, .* train\.steps 10"):
         specs.from_config(_changed(late, "profile.num_steps", 2))
     specs.from_config({**BASE, "profile": {"start_step": 9, "num_steps": 2}})  # as far as the run goes
+
+
+@pytest.mark.parametrize("options", [{"v4": {"xla_some": True}}, {"TPU v4": True}, {"xla_some": {"of": True}}])
+def test_a_compilers_options_that_none_would_get_are_refused(options):
+    specs.from_config(_changed(BASE, "train.tpu_options", {"xla_some": True, "TPU v4": {"xla_other": 3}}))
+    with pytest.raises(specs.SpecError, match=r"train\.tpu_options has .*'TPU v4'"):
+        specs.from_config(_changed(BASE, "train.tpu_options", options))
 
 
 def test_missing_keys_are_named():

@@ -8,12 +8,14 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from muse_jax import train
 from muse_jax.training import logs
 from muse_jax.training.checkpoint import load_stage
 
@@ -81,6 +83,36 @@ def test_processes_with_other_configs_are_told_which_keys_differ(tmp_path):
     assert all("the config is not that of process 0: seed" in output for _, output in ended)
 
 
+@pytest.mark.slow
+def test_one_that_cannot_open_the_data_ends_both_at_once(tmp_path):
+    """Long before anything is trained, and before jax itself misses a process."""
+    port = free_port()
+    changes = [f"--workdir={tmp_path}", "--config.model.codebook_size=512", "--config.deadlines.heartbeat=300"]
+    own = [[], ["--config.data.eval_split=nowhere"]]
+    began = time.monotonic()
+    ended = finish([start(i, port, *changes, *own[i]) for i in range(2)])
+    assert time.monotonic() - began < 200
+    assert [code for code, _ in ended] == [1, 1], ended
+    assert "failed: DataError: data.eval_split is 'nowhere'" in ended[0][1]
+    assert "Start all processes again" in ended[0][1]
+
+
+def test_data_that_cannot_be_opened_in_time_end_the_run(tmp_path, one_device):
+    program = (
+        "import time; from muse_jax import ahead, data, specs, train\n"
+        "def mounted_badly(*_): time.sleep(1000)\n"
+        "config = ahead.read_config('configs/pictures/tokenizer_low.py:tiny')\n"
+        "config.deadlines.start = 2.0\n"
+        "data.make_source = mounted_badly\n"
+        f"train.train(specs.from_config(config), {str(tmp_path / 'w')!r})"
+    )
+    settings = {"capture_output": True, "text": True, "timeout": 60, "check": False}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=one_device, **settings)
+    assert done.returncode == 124, done.stderr
+    assert "'start' at step 0 has taken" in done.stderr
+    assert "mounted_badly" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["train", "compile"])
 def test_a_misspelt_key_is_said_in_one_line(command, tmp_path, one_device):
     words = [sys.executable, "-m", f"muse_jax.{command}", "--config=configs/scenes/base.py"]
@@ -92,6 +124,22 @@ def test_a_misspelt_key_is_said_in_one_line(command, tmp_path, one_device):
     assert "--config.train.stepz=3" in line
     assert '"steps"' in line
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config=configs/nope.py"], "there is no config configs/nope.py"),
+        (["--config", "configs/nope.py:tiny"], "there is no config configs/nope.py"),
+        ([f"--config={ROOT / 'README.md'}"], ".*README.md is no config; name a .py file"),
+        ([f"--config={ROOT / 'configs'}"], "there is no config .*configs"),
+    ],
+)
+def test_what_is_no_config_is_said_in_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.parse_flags(["train", "--workdir=w", *words])
+    assert ended.value.code == 1
+    assert re.fullmatch(f"--config: {said}.*\n", capsys.readouterr().err)
 
 
 def test_what_a_config_file_raises_is_not_taken_for_a_misspelt_key(tmp_path, one_device):

@@ -2,7 +2,8 @@
 
 A checkpoint is trusted when the leaves' fingerprints, stored in its meta, are those of what was
 read. One that isn't is renamed to corrupt-STEP and the one before is used; a run whose checkpoints
-are all damaged stops, it never starts again at step 0 by itself.
+are all damaged stops, it never starts again at step 0 by itself. One that can't be read at the moment
+stops the run too, and stays.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -182,7 +183,10 @@ class Checkpoints:
     def _look(self) -> None:
         if self._saving not in steps_in(self.folder):
             raise CheckpointError("it isn't there")
-        (self.folder.parent / SAVED).write_text(str(self._saving))
+        try:
+            (self.folder.parent / SAVED).write_text(str(self._saving))
+        except Exception as error:  # the step itself is whole
+            logging.warning("%s can't be written: %s", self.folder.parent / SAVED, brief(error))
 
     @property
     def due_again(self) -> bool:
@@ -227,7 +231,8 @@ class Checkpoints:
           ({item: {leaf's name: array}}, meta).
 
         Raises:
-          CheckpointError: if none is whole, or the newest holds other parameters than are wanted.
+          CheckpointError: if none is whole, one can't be read since storage fails, or the newest holds other
+            parameters than are wanted.
         """
         for step in hosts.from_leader("looking for checkpoints", lambda: steps_in(self.folder)[::-1]):
             try:
@@ -248,8 +253,7 @@ class Checkpoints:
             )
 
     def _restore(self, folder: epath.Path, wanted: Mapping[str, Mapping[str, Any]], check: Any) -> tuple[dict, dict]:
-        # Processes must not part over one that could not read what another one could.
-        meta = hosts.from_leader(f"reading {folder}/meta", lambda: read_meta(folder), Damaged)
+        meta = _read_together(f"reading {folder}/meta", lambda: read_meta(folder) if hosts.leads() else None)
         check(meta)
         for item, leaves in wanted.items():
             ours = trees.describe(dict(leaves))
@@ -265,7 +269,7 @@ class Checkpoints:
             found[item] = read_arrays(folder, item, wanted[item], meta["leaves"][item])
 
         for item in wanted:
-            hosts.everywhere(f"reading {folder}/{item}", functools.partial(read, item), Damaged)
+            _read_together(f"reading {folder}/{item}", functools.partial(read, item))
             restored[item], prints = _settled(found.pop(item))
             for name, value in prints.items():
                 if value != meta["leaves"][item][name][2]:
@@ -289,6 +293,26 @@ class Checkpoints:
         """Waits for what is being saved; errors are raised."""
         self.finish()
         self._manager.close()
+
+
+def _read_together(what: str, read: Callable[[], Any]) -> Any:
+    """Calls `read` in every process and returns what process 0's returned.
+
+    Processes must not part over one that could not read what another one could: all raise Damaged if any of them found
+    damage, and CheckpointError (its own error where it was) if one failed otherwise, upon which nothing is set aside.
+    """
+
+    def tried() -> dict[str, Any]:
+        try:
+            return {"value": read()}
+        except Damaged as error:
+            return {"damage": str(error)}
+
+    answers = hosts.everywhere(what, tried, CheckpointError)
+    for answer in answers:
+        if "damage" in answer:
+            raise Damaged(answer["damage"])
+    return answers[0]["value"]
 
 
 def _settled(leaves: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, int]]:

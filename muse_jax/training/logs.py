@@ -102,8 +102,10 @@ class Logs:
     def __init__(self, workdir: Any, start: int, steps: int, tensorboard: bool = True, bar: bool = True):
         self._workdir = epath.Path(workdir)
         self._start, self._steps, self._show = start, steps, bar
-        with contextlib.suppress(OSError):
+        try:
             _drop_later_lines(self._workdir / METRICS, start)
+        except OSError as error:  # the record may hold steps twice then, which is better than to lose it
+            logging.warning("%s can't be tidied and is only added to: %s", METRICS, error)
         self._lines = Sink(METRICS, lambda: _JsonLines(self._workdir / METRICS))
         self._pictures = Sink("samples/", lambda: _write_png)
         self._events = Sink("TensorBoard files", lambda: events.Events(self._workdir)) if tensorboard else None
@@ -200,14 +202,16 @@ def were_drawn(workdir: Any, step: int) -> bool:
 
 
 def read_metrics(workdir: Any) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; [] if there is none. A line cut short by a kill is left out."""
-    path = epath.Path(workdir) / METRICS
+    """The lines of a run's metrics.jsonl; [] if it can't be read. A line cut short by a kill is left out."""
     try:
-        lines = path.read_text().splitlines()
+        return _read_lines(epath.Path(workdir) / METRICS)
     except OSError:
         return []
+
+
+def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
     found = []
-    for line in lines:
+    for line in path.read_bytes().decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             value = json.loads(line)
             if isinstance(value, dict) and "step" in value:
@@ -222,7 +226,7 @@ def _drop_later_lines(path: epath.Path, start: int) -> None:
     """
     if not path.exists():
         return
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= start and not line.get(FINISHED)]
+    kept = [line for line in _read_lines(path) if line["step"] <= start and not line.get(FINISHED)]
     draft = path.parent / f".{path.name}.draft"
     draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
     draft.replace(path)

@@ -6,6 +6,8 @@
     time/step, time/data, time/checkpoint, time/compile, time/evaluate, time/start
                                  shares of the time since the line before: training, and what it waited for;
                                  "evaluate" has samples and profiles too, "start" is restoring, or making, the state
+    time/data_slowest            of several processes, of which the lines are process 0's: the share of the one that
+                                 waited longest for data, and the others for it; to within a second
     trained_seconds              spent in the steps that led to this one, by whatever process
     goodput                      trained_seconds over the time since the run was first started: what restarts,
                                  steps done twice and all waits cost

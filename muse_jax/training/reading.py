@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import time
 import zlib
@@ -16,8 +17,15 @@ from etils import epath
 from muse_jax.training import trees
 
 FORMAT = 1
+PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between two tries to read what can't be read at the moment
 # What says nothing about the checkpoint itself, and must not set a good one aside.
 OURS = (PermissionError, MemoryError, KeyboardInterrupt)
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# How TensorStore and buckets' clients say that storage doesn't answer or the system refused; 2, 20 and 21 are `_GONE`.
+_OUTAGE = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|UnavailableError|DeadlineExceededError|HttpError"
+    r"|Input/output error|os_error_code='(?!(2|20|21)')"
+)
 
 
 class CheckpointError(RuntimeError):
@@ -50,14 +58,13 @@ def read_meta(folder: epath.Path) -> dict[str, Any]:
     """The meta of checkpoints/STEP.
 
     Raises:
-      Damaged: if it can't be read, or isn't what was written.
-      CheckpointError: if another version of muse_jax wrote it in another format.
+      Damaged: if it is gone, or isn't what was written.
+      CheckpointError: if storage fails, or another version of muse_jax wrote it in another format.
     """
+    text = attempt((folder / "meta" / "metadata").read_text, folder / "meta" / "metadata")
     try:
-        meta = json.loads((folder / "meta" / "metadata").read_text())
+        meta = json.loads(text)
         checksum = meta.pop("checksum")
-    except OURS:
-        raise
     except Exception as error:
         raise Damaged(f"its meta can't be read ({brief(error)})") from error
     if sealed(meta)["checksum"] != checksum:
@@ -100,7 +107,8 @@ def read_arrays(folder: epath.Path, item: str, leaves: Mapping[str, jax.ShapeDty
     """{name: jax.Array} of an item of checkpoints/STEP, in the shardings of `leaves`.
 
     Raises:
-      Damaged: if an array can't be read. Fingerprints are for the caller to compare.
+      Damaged: if an array isn't there whole. Fingerprints are for the caller to compare.
+      CheckpointError: if storage fails.
     """
 
     def read() -> dict:
@@ -108,14 +116,15 @@ def read_arrays(folder: epath.Path, item: str, leaves: Mapping[str, jax.ShapeDty
         arguments = ocp.args.StandardRestore(trees.nest(leaves))
         return trees.named_leaves(ocp.StandardCheckpointHandler().restore(folder / item, args=arguments))
 
-    return attempt(read, item)
+    return attempt(read, folder / item)
 
 
 def read_numpy(folder: epath.Path, item: str, stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """{name: array} of an item of checkpoints/STEP on the host, with its fingerprints verified.
 
     Raises:
-      Damaged: if an array can't be read or isn't what was saved.
+      Damaged: if an array isn't there whole or isn't what was saved.
+      CheckpointError: if storage fails.
     """
 
     def read() -> dict:
@@ -124,24 +133,46 @@ def read_numpy(folder: epath.Path, item: str, stored: Mapping[str, Any]) -> dict
         handler = ocp.PyTreeCheckpointHandler()
         return trees.named_leaves(handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=arguments)))
 
-    found = {name: np.asarray(leaf) for name, leaf in attempt(read, item).items()}
+    found = {name: np.asarray(leaf) for name, leaf in attempt(read, folder / item).items()}
     for name, leaf in found.items():
         if trees.fingerprint_numpy(leaf) != stored[name][2]:
             raise Damaged(f"{item}/{name} isn't what was saved")
     return found
 
 
-def attempt(read: Callable[[], Any], item: str) -> Any:
-    """Calls `read`, twice if need be: a read that fails once may have been the network's fault."""
-    try:
-        return read()
-    except (Damaged, *OURS):
-        raise
-    except Exception:
-        time.sleep(0.1)
-    try:
-        return read()
-    except (Damaged, *OURS):
-        raise
-    except Exception as error:
-        raise Damaged(f"{item} can't be read ({brief(error)})") from error
+def attempt(read: Callable[[], Any], path: epath.Path) -> Any:
+    """Calls `read`, which reads `path`, again after each of `PAUSES` while storage fails.
+
+    Raises:
+      Damaged: if what is read is gone or no longer whole. It is read twice: one such read may be an outage's work.
+      CheckpointError: if storage fails to the end, which says nothing about the checkpoint.
+    """
+    tries = damaged = 0
+    while True:
+        try:
+            return read()
+        except (Damaged, *OURS):
+            raise
+        except Exception as error:
+            tries += 1
+            damaged += not _is_outage(error)
+            if damaged > 1:
+                raise Damaged(f"{path.name} can't be read ({brief(error)})") from error
+            if tries > len(PAUSES):
+                raise CheckpointError(
+                    f"{path} can't be read ({brief(error)}), also after {len(PAUSES)} more tries. Its checkpoint was "
+                    "left as it is; start again when the storage is back."
+                ) from error
+        time.sleep(PAUSES[tries - 1] * random.uniform(0.5, 1.5))  # hosts that failed together try again apart
+
+
+def _is_outage(error: BaseException) -> bool:
+    """Whether a read failed as storage did, and not by what it found there or didn't."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and not isinstance(cause, _GONE):
+            return True
+        if _OUTAGE.search(f"{type(cause).__name__}: {cause}"):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False

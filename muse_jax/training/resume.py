@@ -4,9 +4,9 @@ Keys of a config are of three kinds:
 
   identity: what is trained, on what, how. A change is refused.
   length: `train.steps`. More steps are allowed; the schedule then stretches from here on, so the
-    result isn't that of a run that was started with as many (unless the schedule is constant), and a
+    result isn't that of a run that was started with as many (unless all schedules are constant), and a
     warning says so. Fewer are refused, as the learning rates so far were those of the longer run;
-    with a constant schedule they are allowed, down to the steps done.
+    with constant schedules alone they are allowed, down to the steps done.
   free: where things lie, how often something is logged, evaluated, saved or drawn, the mesh and what
     else changes where numbers are computed but not which. Paths of data, tokenizers and weights are
     free because their contents are compared instead: fingerprints of the data and of every frozen
@@ -35,6 +35,7 @@ FREE = (
     "data.workers",
     "data.prefetch",
     "data.eval_split",
+    "data.sources.*.eval_split",
     "model.remat",
     "model.unroll",
     "model.attention",
@@ -120,7 +121,8 @@ def check_config(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> N
     if length is None:
         return
     before, after = length
-    constant = new["optimizer"]["schedule"] == "constant"
+    schedules = [new["optimizer"], *new["optimizer"]["overrides"].values()]
+    constant = all(section.get("schedule", "constant") == "constant" for section in schedules)
     if after < step or (after < before and not constant):
         raise ResumeError(
             f"{LENGTH} was {before} and is now {after}, but {step} steps are done with the learning rates of {before}. "

@@ -32,7 +32,7 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     with sharded parameters.
 
     Raises:
-      SpecError: if the devices are too few or don't divide.
+      SpecError: if the devices are too few, don't divide, or are no block of the chips' torus.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [spec.data, spec.fsdp, spec.tensor]
@@ -61,14 +61,25 @@ def _grid(sizes: Sequence[int], slices: int, devices: Sequence[Any]) -> np.ndarr
     from jax.experimental import mesh_utils
 
     present = {getattr(device, "slice_index", 0) for device in devices}
-    if len(present) > 1 and slices == 1:
-        raise SpecError(f"mesh.slices is 1, but the devices are of {len(present)} slices; set mesh.slices to that.")
-    if slices == 1:
-        return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
     if sizes[0] % slices:
         raise SpecError(f"mesh.data {sizes[0]} is not a multiple of mesh.slices {slices}; change one of them.")
+    if len(present) != slices:
+        raise SpecError(
+            f"mesh.slices is {slices}, but the {len(devices)} devices of the mesh are of {len(present)}; set "
+            "mesh.slices to that, or one of mesh.data, mesh.fsdp and mesh.tensor to -1, which takes all devices."
+        )
     within = (sizes[0] // slices, *sizes[1:])
-    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices=devices, allow_split_physical_axes=True)
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1), devices=devices, allow_split_physical_axes=True
+        )
+    except (AssertionError, ValueError) as error:  # whose text is a list of all devices
+        raise SpecError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} takes {len(devices)} of the devices, which are no block of "
+            "the chips' torus; set one of mesh.data, mesh.fsdp and mesh.tensor to -1, which takes all devices."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -181,7 +181,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}, not an object")
         return found
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StageError(f"{path} is missing; {path.parent} is no stage folder.") from error
     except ValueError as error:
         raise StageError(f"{path} is damaged: {error}.") from error

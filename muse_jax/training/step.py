@@ -48,6 +48,14 @@ def stream_key(seed: int, stream: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
+def compiler_options(options: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """Of `train.tpu_options` those for a device: the ones for all TPUs and then its kind's; none where it is no TPU."""
+    if device.platform != "tpu":
+        return {}
+    everywhere = {name: value for name, value in options.items() if not isinstance(value, Mapping)}
+    return everywhere | dict(options.get(device.device_kind, {}))
+
+
 class Program:
     """The functions of a run and where everything they touch lives.
 
@@ -109,7 +117,7 @@ class Program:
 
     def compile_train(self, batch: Any) -> Any:
         """The compiled train step, with `train.tpu_options` where it is for TPUs."""
-        options = dict(self.spec.train.tpu_options) if self.mesh.devices.flat[0].platform == "tpu" else {}
+        options = compiler_options(self.spec.train.tpu_options, self.mesh.devices.flat[0])
         return self.lower_train(batch).compile(options or None)
 
     def lower_evaluate(self, batch: Any) -> Any:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,10 +84,10 @@ def train(
       replicas.ReplicaError: devices that should hold the same bits don't.
       hosts.HostError: another process of the run failed or is gone.
     """
-    finished = already_finished(spec, workdir)
-    if finished:
-        return finished
     with Watchdog(spec.deadlines) as watch, contextlib.ExitStack() as stack, hosts.telling(watch.described):
+        finished = already_finished(spec, workdir)
+        if finished:
+            return finished
         hosts.check_same("the config", trees.named_leaves(specs.to_config(spec)))
         hosts.from_leader("locking the workdir", lambda: stack.enter_context(resume.lock(workdir)))
         stop = stack.enter_context(signals.listening())
@@ -344,14 +345,20 @@ class _Run:
             self.in_a_row, self.bad_ids = 0, []
             self.sums.add(values)
         if step % self.spec.train.log_every == 0 or step == self.spec.train.steps:
-            rates = self.meter.line(step)
-            line = self.sums.means() | {"nonfinite_steps": self.nonfinite} | rates
-            self._log(line, step)
-            shown = {"loss": f"{line.get('loss', float('nan')):.4g}", "steps/s": f"{rates['steps_per_second']:.3g}"}
-            self.logs.progress(step, **shown)
-            self.sums = _Sums()
+            self._log_line(step)
         else:
             self.logs.progress(step)
+
+    def _log_line(self, step: int) -> None:
+        """The means over the steps since the line before, and where the time went."""
+        rates = self.meter.line(step)
+        if hosts.several():
+            rates["time/data_slowest"] = max(rates["time/data"], self.watch.slowest_wait())
+        line = self.sums.means() | {"nonfinite_steps": self.nonfinite} | rates
+        self._log(line, step)
+        shown = {"loss": f"{line.get('loss', float('nan')):.4g}", "steps/s": f"{rates['steps_per_second']:.3g}"}
+        self.logs.progress(step, **shown)
+        self.sums = _Sums()
 
     def _count_nonfinite(self, step: int, values: Mapping[str, tuple[float, float]], ids: np.ndarray) -> None:
         self.nonfinite += 1
@@ -360,15 +367,19 @@ class _Run:
         if self.in_a_row < self.spec.train.stop_after_nonfinite:
             return
         shown = {name: total / weight if weight else None for name, (total, weight) in sorted(values.items())}
-        newest = (
-            f"The newest checkpoint is that of step {self.saved}" if self.saved >= 0 else "There is no checkpoint yet"
-        )
         listed = "; ".join(f"step {step - len(self.bad_ids) + 1 + i}: {ids}" for i, ids in enumerate(self.bad_ids))
         raise NonFiniteError(
             f"{self.in_a_row} steps in a row, up to step {step}, had a loss or gradient that isn't finite; none of "
-            f"them changed anything. {newest}. Metrics of step {step}: "
+            f"them changed anything. {self._newest()}. Metrics of step {step}: "
             f"{shown}. Example ids: {listed}."
         )
+
+    def _newest(self) -> str:
+        """Which checkpoint there is to go back to, in words; one that is being saved may still fail."""
+        with contextlib.suppress(reading.CheckpointError), self._during("save"):
+            self.checkpoints.finish()
+        kept = reading.steps_in(self.checkpoints.folder)
+        return f"The newest checkpoint is that of step {kept[-1]}" if kept else "There is no checkpoint yet"
 
     def _log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         self.logs.scalars(self.step if step is None else step, values)
@@ -386,6 +397,9 @@ class _Run:
 
     def _stop_if_asked(self) -> None:
         if self.stop.at(self.step):
+            self._drain()
+            if self.sums.sums:  # the run that goes on counts from here
+                self._log_line(self.step)
             self._save_surely()
             self.logs.say("")
             raise signals.Stopped(self.stop.number, self.step)
@@ -438,17 +452,26 @@ class _Run:
                 self._log(values)
 
     def _samples(self) -> None:
-        """Pictures for fixed prompts, those of the first held-out batch."""
+        """Pictures for fixed prompts, those of the first held-out batch; a run goes on without them."""
         if not self.held_out or self.stop.came:
             return
         self._drain()
         with self._during("samples"):
-            key = steps.stream_key(self.spec.seed, steps.SAMPLES)
-            batch = sharding.put_everywhere(self.held_out[0], self.program.batch_sharding)
-            with sharding.layout(self.mesh, self.spec.rules):
-                pictures = self.task.samples(self.state.best, self.frozen, batch, key)
-            if pictures:
-                self.logs.images(self.step, pictures)
+            try:
+                self._draw()
+            except Exception as error:
+                if hosts.several():  # the others have drawn theirs, or wait for this one in the midst of it
+                    raise
+                what = reading.brief(error)
+                absl.logging.warning("no samples of step %d, training goes on without them: %s", self.step, what)
+
+    def _draw(self) -> None:
+        key = steps.stream_key(self.spec.seed, steps.SAMPLES)
+        batch = sharding.put_everywhere(self.held_out[0], self.program.batch_sharding)
+        with sharding.layout(self.mesh, self.spec.rules):
+            pictures = self.task.samples(self.state.best, self.frozen, batch, key)
+        if pictures:
+            self.logs.images(self.step, pictures)
 
 
 class _Sums:

@@ -1,8 +1,11 @@
 """A thread that ends a run which waits in vain, and says who waits for what.
 
-Started before anything is restored. The run says which phase it enters; each has a deadline in the
+Started before anything is read or restored. The run says which phase it enters; each has a deadline in the
 config's `deadlines`. In a run of several processes the thread also tells the others where this one is,
 and ends it soon after another one has said that it failed.
+
+Time for which the whole process was stopped, with Ctrl-Z or with its machine, counts as no waiting: the
+thread, which didn't run either, notices and lets the deadline begin anew.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ STUCK = 124  # exit code, as `timeout` has it
 FAILED = 1
 DONE = "done"  # the phase of a process that needs no others any more
 _BEAT = 1.0  # seconds between looks at the clock
+_LATE = 2.0  # seconds that a look may come late before the whole process counts as having been stopped
 
 
 class Watchdog:
@@ -28,7 +32,11 @@ class Watchdog:
 
     def __init__(self, deadlines: DeadlinesSpec):
         self._deadlines = deadlines
-        self._at: tuple[str, int, float] = ("start", 0, time.monotonic())
+        # Phase, step, since when, and the seconds that were spent in the phase "data" before.
+        self._at: tuple[str, int, float, float] = ("start", 0, time.monotonic(), 0.0)
+        self._told: dict[int, dict[str, Any]] = {}  # what each process last said; process 0 knows
+        self._told_before = self._told
+        self._awake = time.monotonic()  # since when the process has not been stopped (Ctrl-Z, a suspended machine)
         self._heard: dict[int, tuple[float, float]] = {}
         self._stop = threading.Event()
         self._main = threading.get_ident()
@@ -47,16 +55,30 @@ class Watchdog:
 
     def enter(self, phase: str, step: int) -> None:
         """Says that a phase of `DeadlinesSpec` begins, at this step."""
-        self._at = (phase, step, time.monotonic())
+        now = time.monotonic()
+        self._at = (phase, step, now, self._waited(now))
+
+    def slowest_wait(self) -> float:
+        """The largest share of the time since the last call that any process waited for data, to within a beat.
+
+        Process 0 knows it from what all say anyway; 0 where nothing has been heard since.
+        """
+        told, before, self._told_before = self._told, self._told_before, self._told
+        spans = [(told[i]["beat"] - before[i]["beat"], told[i]["waited"] - before[i]["waited"]) for i in before]
+        return max((waited / seconds for seconds, waited in spans if seconds > 0), default=0.0)
 
     def described(self) -> str:
         """The phase and step, in words."""
         return f"{self._at[0]!r} at step {self._at[1]}"
 
+    def _waited(self, now: float) -> float:
+        phase, _, since, before = self._at
+        return before + (now - since if phase == "data" else 0.0)
+
     def _run(self) -> None:
-        while not self._stop.wait(_BEAT):
-            phase, step, since = self._at
-            seconds = time.monotonic() - since
+        while not self._wait():
+            phase, step, since, _ = self._at
+            seconds = self._seconds(since)
             if hosts.several():
                 news = None
                 with contextlib.suppress(Exception):  # the service's own heartbeats end what can't reach it
@@ -69,12 +91,27 @@ class Watchdog:
             if 0 < deadline < seconds and not self._stop.is_set():
                 self._end(self._report(phase, step, seconds, deadline), STUCK)
 
+    def _wait(self) -> bool:
+        """Waits for a beat; returns whether the run is over. If the process was stopped meanwhile, time begins anew."""
+        began = time.monotonic()
+        over = self._stop.wait(_BEAT)
+        now = time.monotonic()
+        if now - began > _BEAT + _LATE:
+            self._awake = now
+            self._heard.clear()  # the others may have been stopped with it
+        return over
+
+    def _seconds(self, since: float) -> float:
+        """Of a phase that began then, without what came before the process was last stopped."""
+        return time.monotonic() - max(since, self._awake)
+
     def _unheard(self) -> str | None:
         """Names a process that says nothing any more; process 0 looks after the others."""
         if not hosts.leads():
             return None
         now, limit = time.monotonic(), self._deadlines.heartbeat
-        for index, told in hosts.statuses().items():
+        self._told = hosts.statuses()
+        for index, told in self._told.items():
             beat, heard = self._heard.get(index, (None, now))
             if beat != told["beat"]:
                 self._heard[index] = (told["beat"], now)
@@ -86,8 +123,9 @@ class Watchdog:
         return None
 
     def _status(self) -> dict[str, Any]:
-        phase, step, since = self._at
-        return {"phase": phase, "step": step, "seconds": time.monotonic() - since, "where": self._where()}
+        phase, step, since, _ = self._at
+        waited = self._waited(time.monotonic())
+        return {"phase": phase, "step": step, "seconds": self._seconds(since), "where": self._where(), "waited": waited}
 
     def _where(self) -> str:
         """The innermost call of the main thread."""

@@ -55,3 +55,7 @@ def test_the_command_writes_a_stage(tmp_path):
     assert done.returncode == 1
     assert "name a new folder" in done.stderr
     assert (tmp_path / "checkpoints").exists()
+    done = subprocess.run([*command, f"--out={tmp_path / 'config.json' / 'new'}"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "config.json is a file; name another folder" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, can't be written, or belong to something else."""
 
+import errno
 import gc
 import json
 import os
@@ -14,7 +15,7 @@ import toys
 from etils import epath
 
 from muse_jax import specs
-from muse_jax.training import reading, trees
+from muse_jax.training import hosts, reading, trees
 from muse_jax.training import step as steps
 from muse_jax.training.checkpoint import CheckpointError, Checkpoints, StageError, load_stage, save_stage
 
@@ -82,7 +83,7 @@ def _collected():
 @pytest.mark.usefixtures("_collected")
 def test_any_damage_is_seen_or_harmless(saved, tmp_path, monkeypatch):
     """Every file of a checkpoint, harmed in turn: what is restored is step 2 bit for bit, or step 1."""
-    monkeypatch.setattr(reading.time, "sleep", lambda _: None)
+    monkeypatch.setattr(reading, "PAUSES", (0.0,) * 5)
     fallbacks = 0
     names = [p.relative_to(saved / "checkpoints/2") for p in files_of(saved / "checkpoints/2")]
     assert len(names) > 10
@@ -104,6 +105,86 @@ def test_any_damage_is_seen_or_harmless(saved, tmp_path, monkeypatch):
             fallbacks += meta["step"] == 1
             shutil.rmtree(workdir)
     assert fallbacks > len(names)
+
+
+def failing_reads(monkeypatch, times: int) -> None:
+    """The next reads of a checkpoint's meta fail, as on a network disk that is away."""
+    kind = type(epath.Path("/"))
+    read_text, left = kind.read_text, iter(range(times))
+
+    def read(path, *args, **kwargs):
+        if path.name == "metadata" and next(left, None) is not None:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "read_text", read)
+
+
+def test_a_read_that_fails_for_a_while_sets_nothing_aside(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PAUSES", (0.0,) * 5)
+    shutil.copytree(saved, tmp_path / "run")
+    failing_reads(monkeypatch, 5)
+    checkpoints = Checkpoints(tmp_path / "run", keep=2)
+    _, meta = checkpoints.restore(abstract(), accept)
+    checkpoints.close()
+    assert meta["step"] == 2
+    assert reading.steps_in(checkpoints.folder) == [1, 2]
+
+
+def test_storage_that_stays_away_stops_the_run_and_sets_nothing_aside(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PAUSES", (0.0,) * 5)
+    shutil.copytree(saved, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", keep=2)
+    with monkeypatch.context() as patch:
+        failing_reads(patch, 100)
+        message = "2/meta/metadata can't be read.*Stale file handle.*start again when the storage is back"
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.restore(abstract(), accept)
+    assert checkpoints.restore(abstract(), accept)[1]["step"] == 2
+    checkpoints.close()
+    assert reading.steps_in(checkpoints.folder) == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+@pytest.mark.usefixtures("_collected")
+def test_arrays_that_cannot_be_opened_set_nothing_aside(saved, tmp_path, monkeypatch):
+    """TensorStore says what the system said in words of its own: a link in a circle stands for a failing disk."""
+    monkeypatch.setattr(reading, "PAUSES", (0.0,) * 5)
+    shutil.copytree(saved, tmp_path / "run")
+    manifest = tmp_path / "run/checkpoints/2/params/manifest.ocdbt"
+    content = manifest.read_bytes()
+    manifest.unlink()
+    manifest.symlink_to(manifest.name)
+    checkpoints = Checkpoints(tmp_path / "run", keep=2)
+    with pytest.raises(CheckpointError, match="2/params can't be read.*start again when the storage is back"):
+        checkpoints.restore(abstract(), accept)
+    manifest.unlink()
+    manifest.write_bytes(content)
+    assert checkpoints.restore(abstract(), accept)[1]["step"] == 2
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_processes_agree_on_what_one_of_them_read(saved, tmp_path, monkeypatch, lost):
+    """What process 1 alone can't read is set aside by process 0 if it is damaged, and left alone if it is not."""
+    shutil.copytree(saved, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", keep=2)
+    answer = {"value": {"damage": "a file is gone"}} if lost else {"error": "CheckpointError: params can't be read"}
+    exchanges = iter(range(100))
+
+    def exchange(said):  # the steps, the meta, the parameters
+        return [{**said, "host": "a"}, {**(answer if next(exchanges) == 2 else said), "host": "b"}]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "several", lambda: True)
+        patch.setattr(hosts, "_exchange", exchange)
+        if lost:
+            assert checkpoints.restore(abstract(), accept)[1]["step"] == 1
+        else:
+            with pytest.raises(CheckpointError, match="process 1 .b.: CheckpointError"):
+                checkpoints.restore(abstract(), accept)
+    checkpoints.close()
+    assert reading.steps_in(checkpoints.folder) == ([1] if lost else [1, 2])
 
 
 def test_none_left_is_an_error_and_stays_one(saved, tmp_path):
@@ -197,6 +278,24 @@ def test_a_save_that_fails_is_counted_and_tried_again(tmp_path, monkeypatch):
     assert not checkpoints.due_again
     assert reading.steps_in(checkpoints.folder) == [1, 5]
     checkpoints.close()
+
+
+def test_a_checkpoint_is_saved_though_the_note_of_it_is_not(tmp_path, monkeypatch):
+    kind = type(epath.Path("/"))
+    write_text = kind.write_text
+
+    def write(path, *args, **kwargs):
+        if path.name == ".saved":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *args, **kwargs)
+
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    monkeypatch.setattr(kind, "write_text", write)
+    checkpoints.save(1, items(1), {})
+    assert checkpoints.finish()
+    assert not checkpoints.due_again
+    checkpoints.close()
+    assert checkpoints.restore(abstract(), accept)[1]["step"] == 1
 
 
 def test_a_place_that_cannot_be_written_is_an_error_at_the_start(tmp_path):

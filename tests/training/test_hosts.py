@@ -190,3 +190,22 @@ def test_a_disk_that_is_full_for_one_of_them_for_a_while(two, tmp_path):
     assert "process 1 (" in ended[0][1]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["12", "4"]
     assert fingerprints(tmp_path, 12) == fingerprints(two, 12)
+
+
+@pytest.mark.slow
+def test_samples_that_one_of_them_cannot_draw_end_both(tmp_path):
+    """One process alone would only do without; of two the other one may be waiting for it."""
+    ended = finish(start(tmp_path, environment=[{}, {"TOY_UNDRAWABLE": "1"}], **{"train.sample_every": 4}))
+    assert [code for code, _ in ended] == [1, 1], ended
+    assert "failed: ValueError: it can't be drawn" in ended[0][1]
+
+
+@pytest.mark.slow
+def test_a_process_whose_data_are_slow_shows_in_the_lines_of_process_0(tmp_path):
+    changes = {"train.log_every": 4, "checkpoint.every_steps": 100}
+    ended = finish(start(tmp_path, environment=[{}, {"TOY_PAUSE": "1.2"}], **changes))
+    assert [code for code, _ in ended] == [0, 0], ended
+    lines = [line for line in logs.read_metrics(tmp_path) if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert lines[-1]["time/data"] < 0.2
+    assert lines[-1]["time/data_slowest"] > 0.5  # in the lines before there is compiling too

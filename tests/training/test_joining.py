@@ -1,8 +1,10 @@
 """What each process finds out by itself: whether there are others, what it reads, and that it is stuck."""
 
+import signal
 import socket
 import subprocess
 import sys
+import time
 import typing
 
 import jax
@@ -125,3 +127,21 @@ def test_a_phase_that_lasts_too_long_ends_the_process_and_is_named():
     assert "deadlines.save allows 1 s" in done.stderr
     assert "<string>:2 waiting" in done.stderr
     assert "Thread 0x" in done.stderr  # the stacks of all threads
+
+
+def test_time_for_which_the_process_was_stopped_is_not_held_against_it():
+    program = (
+        "import time; from muse_jax.specs import DeadlinesSpec; from muse_jax.training.watchdog import Watchdog\n"
+        "with Watchdog(DeadlinesSpec(step=3.0)) as watch:\n"
+        "    watch.enter('step', 6); print('waits', flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        went_on = time.monotonic()
+        assert process.wait(timeout=60) == 124, "it is still watched"
+        assert time.monotonic() - went_on > 2.5

@@ -1,5 +1,6 @@
 """Metrics, pictures and curves, and writers that fail."""
 
+import errno
 import json
 import pathlib
 import subprocess
@@ -25,6 +26,30 @@ def test_metrics_survive_a_kill_and_are_written_once(tmp_path):
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 2, "loss": 1.0}, {"step": 4, "loss": 0.5}, {"step": 6, "loss": 0.25, "count": 3.0}]
+
+
+def test_a_record_that_cannot_be_read_is_left_as_it_is(tmp_path, monkeypatch):
+    record = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 9))
+    (tmp_path / "metrics.jsonl").write_text(record)
+    kind = type(logs.epath.Path("/"))
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "read_text", fail)
+        patch.setattr(kind, "read_bytes", fail)
+        log = logs.Logs(tmp_path, 8, 9, tensorboard=False, bar=False)
+    log.scalars(9, {"loss": 0.5})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == record + '{"step": 9, "loss": 0.5}\n'
+
+
+def test_bytes_that_are_no_text_cost_their_line_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n{"step": 2, "lo\xff\xfe\n{"step": 3}\n')
+    assert logs.read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 3}]
+    logs.Logs(tmp_path, 2, 9, tensorboard=False, bar=False).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
 def test_a_writer_that_fails_or_hangs_ends_nothing(tmp_path):

@@ -60,7 +60,11 @@ def test_only_data_goes_between_slices():
 @pytest.mark.parametrize(
     ("mesh", "said"),
     [
-        (specs.MeshSpec(2, -1, 1), "mesh.slices is 1, but the devices are of 2 slices"),
+        (specs.MeshSpec(2, -1, 1), "mesh.slices is 1, but the 128 devices of the mesh are of 2"),
+        (specs.MeshSpec(4, -1, 1, slices=4), "mesh.slices is 4, but the 128 devices of the mesh are of 2"),
+        (specs.MeshSpec(2, 16, 1, slices=2), "mesh.slices is 2, but the 32 devices of the mesh are of 1; .* to -1"),
+        (specs.MeshSpec(6, 16, 1, slices=2), "'data': 6.* takes 96 of the devices, which are no block"),
+        (specs.MeshSpec(1, 6, 1), "'fsdp': 6.* takes 6 of the devices, which are no block"),
         (specs.MeshSpec(3, 1, 1, slices=2), "mesh.data 3 is not a multiple of mesh.slices 2"),
         (specs.MeshSpec(3, -1, 1), "mesh axes of 3 devices don't divide the 128 present"),
         (specs.MeshSpec(256, 1, 1), "needs 256 devices, but 128 are present"),

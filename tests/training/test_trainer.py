@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import signal
@@ -135,6 +136,17 @@ def test_without_any_checkpoint_no_newest_one_is_named(tmp_path):
         toys.train(run, tmp_path, poisoned=range(9))
 
 
+def test_a_checkpoint_that_failed_is_not_named_as_the_newest(tmp_path, monkeypatch):
+    def full(self, _items):
+        if self._saving == 6:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "_check_space", full)
+    run = toys.spec(**{"train.steps": 20, "train.stop_after_nonfinite": 2})
+    with pytest.raises(trainer.NonFiniteError, match="The newest checkpoint is that of step 3"):
+        toys.train(run, tmp_path, poisoned=range(6, 20))
+
+
 @pytest.mark.parametrize("kind", sorted(toys.TASKS))
 def test_stopped_and_started_again_gives_the_same_bits(tmp_path, kind):
     """A run in three pieces, of which one ends with an error between checkpoints, equals one in one piece."""
@@ -191,6 +203,39 @@ def test_sigterm_while_evaluating_or_drawing_saves_and_goes_on_to_the_same_bits(
     )
     assert lines[0] == lines[1]
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_samples_that_cannot_be_drawn_end_nothing(tmp_path, caplog, error):
+    class Undrawable(toys.Masked):
+        def samples(self, *_):
+            raise error
+
+    assert toys.train(toys.spec(**{"train.sample_every": 4}), tmp_path, Undrawable()).step == 8
+    assert caplog.messages == [
+        f"no samples of step {step}, training goes on without them: {type(error).__name__}: {error}" for step in (4, 8)
+    ]
+    assert logs.read_metrics(tmp_path)[-1][logs.FINISHED]
+
+
+def test_sigterm_between_two_lines_loses_no_metrics(tmp_path, monkeypatch):
+    """The line of the step that it stopped at is of those since the last one; the next is of the steps after it."""
+    changes = {"train.steps": 12, "optimizer.schedule": "constant"}
+    toys.train(toys.spec(**changes, **{"train.log_every": 1}), tmp_path / "each")
+    run = toys.spec(**changes, **{"train.log_every": 4})
+    with monkeypatch.context() as patched:
+        stop = {5: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+        patched.setattr(logs.Logs, "progress", lambda _, step, **shown: stop.get(step, bool)())
+        with pytest.raises(signals.Stopped, match="at step 6"):
+            toys.train(run, tmp_path / "run")
+    toys.train(run, tmp_path / "run")
+    lines, each = (
+        {line["step"]: line["masked"] for line in logs.read_metrics(tmp_path / name) if "masked" in line}
+        for name in ("run", "each")
+    )
+    assert list(lines) == [4, 6, 8, 12]
+    for since, step in itertools.pairwise([0, *lines]):
+        assert lines[step] == pytest.approx(np.mean([each[i] for i in range(since + 1, step + 1)]))
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
@@ -337,6 +382,32 @@ def test_the_length_may_grow(schedule, new, allowed):
     else:
         with pytest.raises(resume.ResumeError, match=r"train\.steps"):
             resume.check_config(specs.to_config(old), specs.to_config(changed), step=3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "override", "allowed"),
+    [("constant", "cosine", False), ("constant", "constant", True), ("cosine", "constant", False)],
+)
+def test_the_length_may_shrink_if_every_schedule_is_constant(schedule, override, allowed):
+    overrides = {"generator": {"schedule": override}, "discriminator": {"learning_rate": 0.1}}
+    old = toys.spec(**{"optimizer.schedule": schedule, "optimizer.overrides": overrides})
+    new = dataclasses.replace(old, train=dataclasses.replace(old.train, steps=6))
+    if allowed:
+        resume.check_config(specs.to_config(old), specs.to_config(new), step=3)
+    else:
+        with pytest.raises(resume.ResumeError, match=r"train\.steps"):
+            resume.check_config(specs.to_config(old), specs.to_config(new), step=3)
+
+
+def test_what_a_source_of_a_mixture_is_evaluated_on_is_free():
+    def config(**changes):
+        source = {"weight": 1.0, "name": "scenes", **changes}
+        return specs.to_config(toys.spec(**{"data.name": "mixture", "data.sources": {"drawn": source}}))
+
+    resume.check_config(config(), config(eval_split="heldout"), step=3)
+    resume.check_config(config(eval_split="test"), config(eval_split="heldout"), step=3)
+    with pytest.raises(resume.ResumeError, match=r"data\.sources\.drawn\.split"):
+        resume.check_config(config(), config(split="heldout"), step=3)
 
 
 def test_a_constant_schedule_may_be_prolonged_exactly(tmp_path):

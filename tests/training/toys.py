@@ -104,6 +104,8 @@ class Masked:
         return self.loss(params, frozen, batch, key)[1]
 
     def samples(self, params, frozen, batch, key):
+        if "TOY_UNDRAWABLE" in os.environ:
+            raise ValueError("it can't be drawn")
         return {"tokens": np.asarray(batch["tokens"], np.uint8)[:, :, None, None].repeat(3, -1)}
 
 
