@@ -109,16 +109,26 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         sample_every=5_000,
         compare_every=1_000,  # steps; copies of a parameter are compared by fingerprints, a pass over its bytes
         donate=True,  # without it a second state, 0.4 of 32 GiB a chip
-        # Together they spread the gathering of a kernel over products with others: by the estimate 0.104 instead of
-        # 0.122 s a step of "precomputed". Those for all-reduces and reduce-scatters hid nothing more, or the program
-        # no longer fitted a chip's vector memory. What each of the five does alone was not tried.
-        tpu_options=dict(
-            xla_enable_async_all_gather=True,  # a gather has a start and an end, and other work between them
-            xla_tpu_enable_async_collective_fusion=True,  # that work sends and receives too
-            xla_tpu_enable_async_collective_fusion_fuse_all_gather=True,  # for gathers
-            xla_tpu_enable_async_collective_fusion_multiple_steps=True,  # over several products
-            xla_tpu_overlap_compute_collective_tc=True,  # on the core that multiplies
-        ),
+        # Together they spread the exchange of a kernel or its gradient over products with others: by the estimate for
+        # v4:4x8x8 0.094 s a step of "precomputed", 31% of it waiting for others; with the first five alone 0.103 and
+        # 48%, with none 0.122. Tried beside them: up to 4 gathers at a time, other shares of the v4's common memory
+        # (8 MiB for scatters compile without end), other estimates of how long products take, two layers a loop: more
+        # waiting.
+        tpu_options={
+            "xla_enable_async_all_gather": True,  # a gather has a start and an end, and other work between them
+            "xla_tpu_enable_async_collective_fusion": True,  # that work sends and receives too
+            "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,  # for gathers
+            "xla_tpu_enable_async_collective_fusion_multiple_steps": True,  # over several products
+            "xla_tpu_overlap_compute_collective_tc": True,  # on the core that multiplies
+            # Scatters of gradients need more memory than a core's own, whose place is v4's 128 MiB for both cores.
+            "TPU v4": {
+                "xla_enable_async_reduce_scatter_fusion": True,
+                "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": True,
+                "xla_tpu_scoped_cmem_for_all_reduce": 16384,  # KiB of it
+                "xla_tpu_max_cmem_used_by_memory_space_assignment": 65536,  # KiB of it, at most, for all else
+                "xla_max_concurrent_async_all_gathers": 2,
+            },
+        },
     )
     config.checkpoint = dict(every_steps=5_000, keep=8)  # section 3, for the average over checkpoints
     config.sample = dict(

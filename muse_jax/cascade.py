@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 
 from muse_jax import ahead, flops, specs
 from muse_jax.models import predictors, vqgan
-from muse_jax.sampling import pipeline, sampler
+from muse_jax.sampling import folder, pipeline, sampler
 from muse_jax.training import sharding
 
 DTYPE = jnp.bfloat16  # of everything that stays on the chip
@@ -34,20 +34,16 @@ def lower(
       spec: a base model: pictures of its tokenizer's size. A super-resolution model: the whole way.
       base: the stage of the base model before a super-resolution model.
       decoder: the stage that makes pictures of tokens; by default the model's own tokenizer.
+
+    Raises:
+      specs.SpecError: for a model without such a loop, and stages that don't go together.
     """
-    if isinstance(spec.model, specs.PaellaSpec):
-        raise specs.SpecError(
-            "model.name is 'paella', whose sampler can't be compiled ahead of time; try --mode=train."
-        )
     where = SingleDeviceSharding(device)
-    stages = {"base": spec}
-    if isinstance(spec.model, specs.SuperResSpec):
-        stages = {"base": ahead.stage_spec(base, configs), "superres": spec}
+    stages, judge = _stages(spec, configs, base, decoder)
     networks = {name: parameters(predictors.from_spec(stage.model), stage, where) for name, stage in stages.items()}
     shared = {"text_encoder": networks["base"]["text_encoder"]} if "text_encoder" in networks["base"] else {}
     for network in networks.values():  # one text encoder serves all
         network.update(shared)
-    judge = ahead.stage_spec(decoder or spec.task.tokenizer, configs)
     networks["decoder"] = parameters(vqgan.VQGAN(judge.model), judge, where)
     programs, low = {}, None
     for stream, (name, stage) in enumerate(stages.items()):
@@ -61,6 +57,40 @@ def lower(
     )
     unique = {**networks, **{n: {k: v for k, v in networks[n].items() if k not in shared} for n in stages}}
     return unique | shared, programs
+
+
+def _stages(
+    spec: specs.Spec, configs: pathlib.Path, base: str, decoder: str
+) -> tuple[dict[str, specs.Spec], specs.Spec]:
+    """The models that fill tokens, in their order, and what makes pictures of the last one's."""
+    if not isinstance(spec.model, specs.BaseSpec | specs.MaskGITSpec | specs.SuperResSpec):
+        raise specs.SpecError(
+            f"the config's model is a {_kind(spec)} model, which has no sampler that can be compiled ahead of time; "
+            "try --mode=train."
+        )
+    stages = {"base": spec}
+    if isinstance(spec.model, specs.SuperResSpec):
+        stages = {"base": _stage("base", base, configs), "superres": spec}
+    tokenizers = zip(("tokenizer_low", "tokenizer_high"), stages.values(), strict=False)
+    others = {name: _stage(name, stage.task.tokenizer, configs) for name, stage in tokenizers}
+    if decoder:
+        others["decoder"] = _stage("decoder", decoder, configs)
+    try:
+        folder.check(stages | others)
+    except folder.PipelineError as error:
+        raise specs.SpecError(str(error)) from error
+    return stages, list(others.values())[-1]
+
+
+def _stage(name: str, path: str, configs: pathlib.Path) -> specs.Spec:
+    spec = ahead.stage_spec(path, configs)
+    if not isinstance(spec.model, folder.MODELS[name]):
+        raise specs.SpecError(f"{path!r} is a {_kind(spec)} model, which can't be the {name}; name another stage.")
+    return spec
+
+
+def _kind(spec: specs.Spec) -> str:
+    return type(spec.model).__name__.removesuffix("Spec")
 
 
 def parameters(model: Any, spec: specs.Spec, where: Any) -> Any:

@@ -242,7 +242,8 @@ def main(argv: Sequence[str]) -> None:
     process.quiet()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    configs = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).resolve().parent
+    file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    configs = pathlib.Path(file).resolve().parent
     try:
         check_files(_JSON.value, _HLO.value)
         spec = specs.from_config(_CONFIG.value)

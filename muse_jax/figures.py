@@ -48,7 +48,9 @@ def decoding(path: str | pathlib.Path, prompt: str, rows: Mapping[str, Sequence[
     width = min(shown, max(len(frames) for frames in rows.values()))
     figure = Figure(figsize=(width * 1.5, len(rows) * 1.95 + 0.3), dpi=110)
     grid = figure.subplots(len(rows), width, squeeze=False)
-    figure.subplots_adjust(left=0.04, right=0.99, top=0.9, bottom=0.09, wspace=0.05, hspace=0.3)
+    titles = {title: textwrap.wrap(title, 22, max_lines=3) for title in rows}
+    beside = (0.1 + 0.14 * max(map(len, titles.values()))) / (width * 1.5)
+    figure.subplots_adjust(left=max(0.04, beside), right=0.99, top=0.9, bottom=0.09, wspace=0.05, hspace=0.3)
     for axes, (title, frames) in zip(grid, rows.items(), strict=True):
         chosen = np.unique(np.linspace(0, len(frames) - 1, min(width, len(frames))).round().astype(int))
         for axis in axes[len(chosen) :]:
@@ -56,7 +58,7 @@ def decoding(path: str | pathlib.Path, prompt: str, rows: Mapping[str, Sequence[
         for axis, step in zip(axes, chosen, strict=False):
             _show(axis, frames[step])
             axis.set_title(f"step {step + 1} of {len(frames)}", fontsize=7, color="0.4", pad=2)
-        axes[0].set_ylabel(title, fontsize=8)
+        axes[0].set_ylabel("\n".join(titles[title]), fontsize=8)
     figure.supxlabel(prompt, fontsize=9, parse_math=False)
     figure.savefig(path)
 

@@ -7,7 +7,8 @@ second time count nothing.
 A train step is three forward passes of what is trained (one forward, two backward: by the inputs and
 by the kernels), one of what is only read, and seven of a discriminator (on the reconstruction:
 forward, by its input for the generator, by inputs and kernels for itself; on the picture: forward, by
-inputs and kernels).
+inputs and kernels). Of LPIPS it is one and a half times what a pair of pictures takes: forward on both,
+and by the reconstruction's pixels.
 """
 
 import functools
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from muse_jax import specs
-from muse_jax.models import predictors, t5, vqgan
+from muse_jax.models import lpips, predictors, t5, vqgan
 from muse_jax.models.discriminator import Discriminator
 
 
@@ -73,6 +74,8 @@ def train(spec: specs.Spec, tokenizers: Mapping[str, specs.VQGANSpec]) -> float:
             model = spec.model
             judge = Discriminator(model.discriminator_channels, model.discriminator_layers, model.dtype)
             total += 7 * forward(judge, images)
+        if spec.task.perceptual:
+            total += perceptual(images)
         return total
     if not isinstance(spec.model, specs.BaseSpec | specs.SuperResSpec | specs.MaskGITSpec | specs.PaellaSpec):
         raise NotImplementedError(f"the FLOPs of a train step of {type(spec.model).__name__}.")
@@ -101,6 +104,11 @@ def forward(module: Any, *args: Any, method: str | None = None) -> float:
 def encode(tokenizer: specs.VQGANSpec, images: Any) -> float:
     """Of pictures to token ids."""
     return forward(vqgan.VQGAN(tokenizer), images, method="tokens")
+
+
+def perceptual(images: Any) -> float:
+    """Of LPIPS between two batches of pictures, and its gradient by one of them."""
+    return 1.5 * forward(lpips.LPIPS(), images, images)
 
 
 def text(encoder: specs.TextEncoderSpec, batch: int, length: int) -> float:

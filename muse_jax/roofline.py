@@ -29,7 +29,7 @@ class Chip:
       memory_rate: of HBM, bytes a second.
       link_rate: of all links between chips together, bytes a second in one direction.
       torus: axes of the links' torus.
-      largest: chips of the largest slice.
+      largest: chips of the largest slice; a pod of v5p has 8960, but no slice has more than 16x16x24.
     """
 
     flops: float
@@ -43,7 +43,7 @@ class Chip:
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(275e12, 32 * 2**30, 1228e9, 2400e9 / 8, 3, 4096),
     "v5e": Chip(197e12, 16 * 2**30, 819e9, 1600e9 / 8, 2, 256),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 4800e9 / 8, 3, 8960),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 4800e9 / 8, 3, 6144),
     "v6e": Chip(918e12, 32 * 2**30, 1640e9, 3584e9 / 8, 2, 256),
 }
 # How jax names what it runs on, and the published bfloat16 rate: TPUs as above, NVIDIA's cards without sparsity.

@@ -128,7 +128,8 @@ def collective(module: hlo.Module, instruction: hlo.Instruction) -> Collective |
     group = _group(instruction.attributes) or tuple(range(module.partitions))  # "{}": all of them
     sizes = [leaf.bytes for leaf in instruction.leaves]
     if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute") and len(sizes) > 1:
-        sizes = sizes[1:2]  # (operand, result, ...)
+        given = len(instruction.operands)
+        sizes = sizes[given : 2 * given]  # (operands, results, ...)
     if instruction.name in module.scattered:
         kind, sizes = "reduce-scatter", [sum(sizes) / max(len(group), 1)]
     others = (len(group) - 1) / max(len(group), 1)

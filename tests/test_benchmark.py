@@ -1,5 +1,6 @@
 """The benchmark: what it counts, how it holds times against each other, and that it runs."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -52,6 +53,19 @@ def test_a_tokenizer_is_counted_as_on_paper():
     decoder += convolution(8, 16, 8) + convolution(8, 8, 8) + convolution(8, 16, 8, 1) + convolution(8, 8, 3)
     assert flops.encode(spec, images) == 2 * (encoder + quantizer)
     assert flops.forward(vqgan.VQGAN(spec), images) == 2 * (encoder + quantizer + decoder)
+
+
+def test_the_perceptual_loss_is_counted_as_on_paper():
+    """Both pictures forward, and by the pixels of one of them: three halves of a pass over a pair."""
+    spec = benchmark.stage_spec("tokenizer_low", "tiny")
+    task = dataclasses.replace(spec.task, perceptual=0.1, perceptual_weights="lpips.safetensors")
+    picture, side, channels = 0, spec.data.image_size, 3
+    for stage, (width, convolutions) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
+        for _ in range(convolutions):
+            picture, channels = picture + 2 * (side >> stage) ** 2 * channels * width * 9, width
+    weighed = sum(2 * (side >> stage) ** 2 * width for stage, width in enumerate((64, 128, 256, 512, 512)))
+    more = flops.train(dataclasses.replace(spec, task=task), {}) - flops.train(spec, {})
+    assert more == 1.5 * spec.train.batch_size * (2 * picture + weighed)
 
 
 @pytest.mark.parametrize("stage", benchmark.STAGES)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from muse_jax import hlo, roofline, traffic
+from muse_jax import compile, hlo, roofline, specs, traffic
 
 LOOP = """HloModule m, is_scheduled=true
 
@@ -62,6 +62,13 @@ def test_collectives_with_the_bytes_that_a_chip_receives():
         "all-gather": {"count": 6, "bytes": 6 * 8 * 8 * 4 * 3 / 4},
         "all-reduce": {"count": 6, "bytes": 6 * 2 * 4 * 4 * 2 * 1 / 2},
     }
+
+
+def test_several_arrays_may_be_gathered_at_once():
+    one = "(f32[2,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%dot)"
+    two = "((f32[2,8]{1,0}, f32[2,4]{1,0}), (f32[8,8]{1,0}, f32[8,4]{1,0})) all-gather-start(%dot, %x)"
+    found = traffic.collectives(hlo.parse(LOOP.replace(one, two)))
+    assert found["all-gather"] == {"count": 6, "bytes": 6 * 8 * (8 + 4) * 4 * 3 / 4}
 
 
 def test_bytes_of_a_sliced_operand_are_those_of_the_slice():
@@ -162,6 +169,11 @@ def test_collectives_of_a_real_program():
 
 
 # ------------------------------------------------------------------------------------- roofline
+
+
+def test_the_largest_slice_of_v5p_is_a_part_of_its_pod():
+    with pytest.raises(specs.SpecError, match="the largest slice of this chip has 6144 chips"):
+        compile.topology_devices("v5p:16x20x28")
 
 
 def test_a_collective_hides_behind_what_is_scheduled_before_its_end():

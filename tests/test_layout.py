@@ -1,10 +1,12 @@
 """Where every parameter of the paper's configs lives, and how many there are."""
 
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
-from muse_jax import ahead, parameters
+from muse_jax import ahead, parameters, specs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -65,3 +67,25 @@ def test_every_config_has_a_golden_text():
     files = {path.name for path in (ROOT / "configs").glob("*.py")}
     assert files == {name.partition(":")[0] for name in CONFIGS}
     assert {path.name for path in GOLDEN.glob("*.txt")} == {parameters.golden_name(name) for name in CONFIGS}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("configs:nope", "there is no config .*configs"),
+        ("README.md", "README.md is no config; name a .py file"),
+        ("muse_jax/specs.py", "specs.py is no config: it has no get_config"),
+        ("configs/base_3b.py:nope", "unknown variant 'nope'; expected '' or 'precomputed'"),
+        ("configs/vqgan_f16_256.py:nope", "has no variants; leave out 'nope'"),
+    ],
+)
+def test_what_is_no_config_is_refused_by_its_name(config, said):
+    with pytest.raises(specs.SpecError, match=said):
+        parameters.program_of(str(ROOT / config))
+
+
+def test_the_command_says_so_in_one_line():
+    command = [sys.executable, "-m", "muse_jax.parameters", "configs"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "SpecError: configs: there is no config configs.\n"
