@@ -8,6 +8,7 @@ alone. A tokenizer that has no folder there is the one that the model was traine
 folder the figures of its report.json go into the pipeline's manifest.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -17,13 +18,17 @@ from typing import Any
 from absl import app, flags
 from etils import epath
 
-from muse_jax import process
+from muse_jax import process, sample
 from muse_jax.evaluate import versions
 from muse_jax.sampling import folder as pipeline_folder
 from muse_jax.sampling.pipeline import MusePipeline
-from muse_jax.training import checkpoint, reading
+from muse_jax.training import checkpoint, reading, trees
 
 FIGURES = ("tokenizers", "prompts")  # of report.json
+TRAINED_ON = {  # a model's tokenizers, by their names in its config
+    "base": {"tokenizer": "tokenizer_low"},
+    "superres": {"tokenizer": "tokenizer_high", "low_tokenizer": "tokenizer_low"},
+}
 
 
 def assemble(
@@ -44,7 +49,8 @@ def assemble(
       dtype: what the parameters are stored as; "" as they are.
 
     Raises:
-      PipelineError, StageError: if a stage is missing or damaged, or two don't fit.
+      PipelineError, StageError: if a stage is missing or damaged, or two don't fit; a model and another
+        tokenizer than it was trained on, of the same sizes, too, as far as the model's checkpoints are there.
     """
     stages = epath.Path(stages)
     found = {name: str(stages / name) for name in pipeline_folder.STAGES if (stages / name).exists()}
@@ -56,7 +62,11 @@ def assemble(
         raise pipeline_folder.PipelineError(
             f"{stages} has no folder for {' and '.join(missing)}; train it with --workdir={stages / missing[0]}."
         )
-    specs = {name: checkpoint.load_stage(path).spec for name, path in found.items()}
+    loaded = {name: checkpoint.load_stage(path) for name, path in found.items()}
+    specs = {name: stage.spec for name, stage in loaded.items()}
+    pipeline_folder.check(specs)
+    for model in filter(loaded.__contains__, TRAINED_ON):
+        _check_tokenizers(model, loaded)
     manifest = {
         "command": command,
         "seed": specs["base"].seed,
@@ -67,18 +77,53 @@ def assemble(
     return MusePipeline.assemble(out, found, manifest=manifest, dtype=dtype)
 
 
+def _check_tokenizers(model: str, stages: Mapping[str, checkpoint.Stage]) -> None:
+    """Codes of another tokenizer mean other things; encoder and codebook, which make them, must be the same bits."""
+    trained_on = _frozen(stages[model].path)
+    for key, name in TRAINED_ON[model].items():
+        prefixes = f"{key}/encoder/", f"{key}/quantizer/"
+        wanted = {leaf.removeprefix(f"{key}/"): x for leaf, x in trained_on.items() if leaf.startswith(prefixes)}
+        own = trees.fingerprints({part: stages[name].params[part] for part in ("encoder", "quantizer")})
+        if wanted and wanted != own:
+            raise pipeline_folder.PipelineError(
+                f"{model} ({stages[model].path}) was trained on another tokenizer than {name} ({stages[name].path}), "
+                f"though of the same sizes; name the one it was trained on, or train {model} again."
+            )
+
+
+def _frozen(folder: str) -> Mapping[str, int]:
+    """Fingerprints of the networks that a run was trained on; a stage folder, which isn't its workdir, has none."""
+    checkpoints = reading.checkpoints_in(folder)
+    for step in reversed(reading.steps_in(checkpoints)):
+        with contextlib.suppress(reading.Damaged):
+            return reading.read_meta(checkpoints / str(step))["frozen"]
+    return {}
+
+
+def _report(path: epath.Path) -> dict[str, Any]:
+    """A quickstart's report.json; {} where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise pipeline_folder.PipelineError(
+            f"{path} is damaged ({error}); delete it to go without its figures, or let the quickstart write it again."
+        ) from error
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     process.quiet()
     stages, out = epath.Path(_STAGES.value), epath.Path(_PIPELINE.value)
-    report = stages / "report.json"
-    figures = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
-    command = figures.get("command", f"python -m muse_jax.train for each stage of {stages.name}")
     try:
+        sample.check_above(_PIPELINE.value, "--pipeline")
+        figures = _report(stages / "report.json")
+        command = figures.get("command", f"python -m muse_jax.train for each stage of {stages.name}")
         chosen = {key: figures[key] for key in FIGURES if key in figures}
         pipeline = assemble(stages, out, command=command, figures=chosen, dtype=_DTYPE.value)
-    except (pipeline_folder.PipelineError, checkpoint.StageError, reading.CheckpointError) as error:
+    except (ValueError, OSError, reading.CheckpointError) as error:  # PipelineError and StageError among them
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
     size = sum(path.stat().length for stage in pipeline.stages for path in (out / stage).iterdir())

@@ -81,6 +81,8 @@ def _own(values: flags.FlagValues, ways: Sequence[str]) -> dict[str, Any]:
     others = [*ways[1:], *given]
     if way == "variations":
         others += [name for name in ("prompt", "class_label", "negative_prompt") if values[name].value]
+    if way == "interpolate" and values.num_images_per_prompt > 1:
+        others.append("num_images_per_prompt")
     if others:
         raise ValueError(f"--{way} is a way of its own; leave --{' and --'.join(others)} out.")
     if way == "interpolate":
@@ -126,10 +128,18 @@ def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any
         raise ValueError("--image is missing; give the picture to edit.")
     if values.best_of > 1 and name in WAYS:
         raise ValueError(f"--best_of needs one prompt a picture to compare with, which --{name} has not.")
+    out = pathlib.Path(values.out)
+    sample.check_out(out / "edits.json")
     pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
     own = "strength" if "strength" in arguments else name
-    if own in PAELLA and not hasattr(pipeline, "compose"):
+    paella = hasattr(pipeline, "compose")
+    if own in PAELLA and not paella:
         raise ValueError(f"--{own} is for Paella's models; name a pipeline that has one with --pipeline.")
+    if name == "edit" and not values.resize and not paella:
+        raise ValueError(
+            "--noresize is not for mask-free editing, whose pictures have the model's size; leave it out, or give a "
+            "mask to inpaint or a side to extend by."
+        )
     arguments |= _shared(values, pipeline, name)
     if values.best_of > 1:
         ranking.check(sample.captions(pipeline, arguments["prompt"]))
@@ -138,7 +148,6 @@ def edit(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any
     if values.best_of > 1:
         captions = sample.captions(pipeline, output.prompts)
         kept = ranking.best(list(output.images), captions, values.best_of, pipeline.image_size)
-    out = pathlib.Path(values.out)
     pictures = _write(out, output, kept, values.image, strip=name == "edit")
     about = {"command": list(command), "method": name, "pipeline": values.pipeline or "packaged"}
     given = {key: value for key, value in arguments.items() if key in ARGUMENTS}
@@ -161,8 +170,9 @@ def _write(out: pathlib.Path, output: Any, kept: Sequence[int], image: str, stri
     from muse_jax.text import vocabulary
 
     out.mkdir(parents=True, exist_ok=True)
-    prompts, seeds = ([values[i] for i in kept] for values in (output.prompts, output.seeds))
-    names = sample.file_names(prompts, seeds)
+    columns_of = (output.prompts, output.negative_prompts, output.seeds)
+    prompts, negatives, seeds = ([values[i] for i in kept] for values in columns_of)
+    names = sample.file_names(prompts, seeds, negatives)
     for name, index in zip(names, kept, strict=True):
         sample.write_whole(out / name, Image.fromarray(output.images[index]).save)
     shown = slice(sample.GRID_PROMPTS)
@@ -173,10 +183,13 @@ def _write(out: pathlib.Path, output: Any, kept: Sequence[int], image: str, stri
         columns = {"given": [given] * len(titles), **columns}
     sample.write_whole(out / "grid.png", lambda path: figures.samples(path, titles, columns))
     if strip:
-        rows = {f"seed {seeds[n]}": list(output.decoding(i)["base"].images) for n, i in enumerate(kept[:4])}
-        sample.write_whole(out / "strip.png", lambda path: figures.decoding(path, titles[0], rows))
+        shown_rows = zip(names[:4], kept[:4], strict=True)
+        rows = {name.removesuffix(".png"): list(output.decoding(i)["base"].images) for name, i in shown_rows}
+        title = titles[0] if len(set(titles[: len(rows)])) == 1 else ""
+        sample.write_whole(out / "strip.png", lambda path: figures.decoding(path, title, rows))
     return [
-        {"file": name, "prompt": prompt, "seed": seed} for name, prompt, seed in zip(names, prompts, seeds, strict=True)
+        {"file": name, "prompt": prompt, "negative_prompt": negative, "seed": seed}
+        for name, prompt, negative, seed in zip(names, prompts, negatives, seeds, strict=True)
     ]
 
 

@@ -43,6 +43,7 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
+from muse_jax import sample
 from muse_jax.data import make_source, scenes
 from muse_jax.evaluation import classes, edits, prompts, reconstruction, sweep
 from muse_jax.sampling import folder
@@ -421,6 +422,8 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
     if values.editing and values.sweep:
         raise EvaluationError("--editing and --sweep are measurements of their own; give one of them.")
     pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
+    out = out_path(values)
+    sample.check_out(out)
     if values.editing:
         figures = evaluate_editing(pipeline, values.num_edits, values.seed)
         shown = editing_table(figures["editing"])
@@ -431,14 +434,15 @@ def run(values: flags.FlagValues) -> dict[str, Any]:
         figures = _evaluate_all(pipeline, values)
         shown = table(figures)
     figures["evaluation"]["pipeline"] = values.pipeline or "packaged"
-    out = out_path(values)
+    print(f"\n{shown}\n")
+    text = json.dumps(figures, indent=1) + "\n"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    sample.write_whole(out, lambda path: path.write_text(text, encoding="utf-8"))
     if values.sweep:
         from muse_jax import figures as drawings
 
-        drawings.sweep(out.with_suffix(".png"), figures["sweep"])
-    print(f"\n{shown}\n\n{figures['evaluation']['seconds']:.0f} seconds; written to {out}")
+        sample.write_whole(out.with_suffix(".png"), lambda path: drawings.sweep(path, figures["sweep"]))
+    print(f"{figures['evaluation']['seconds']:.0f} seconds; written to {out}")
     return figures
 
 
@@ -447,7 +451,7 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     try:
         run(flags.FLAGS)
-    except ValueError as error:  # the pipeline's and ours name the mend
+    except (ValueError, OSError) as error:  # the pipeline's and ours name the mend
         sys.exit(f"{type(error).__name__}: {error}")
 
 

@@ -82,7 +82,7 @@ class Minutes:
 
     def __init__(self, path: pathlib.Path, every: float = 2.0):
         self._path, self._every, self._writing = path, every, threading.Lock()
-        self.parts: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.parts: dict[str, float] = read_json(path) or {}
 
     def add(self, part: str, seconds: float) -> None:
         """Counts time that has passed already."""
@@ -117,6 +117,20 @@ class Minutes:
             done.set()
             thread.join()
             note()
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    """What `write_json` wrote; None where there is nothing or, which is said, something else."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        print(f"Warning: {path} is damaged; what it held is made anew or left out.", file=sys.stderr)
+        return None
+    return found
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -244,11 +258,12 @@ def run(where: Setup) -> dict[str, Any]:
         minutes.add("startup", time.monotonic() - _BEGAN)
         stages, all_were_finished = train_stages(where, minutes)
         done = where.workdir / "report.json"
-        if all_were_finished and done.exists():
-            return json.loads(done.read_text(encoding="utf-8"))
+        if all_were_finished and (before := read_json(done)):
+            return before
         report = finish(where, minutes)
         for stage, values in stages.items():
-            values["minutes"] = round(minutes.parts[stage], 3)
+            # A kill just after a stage's end, or a minutes.json that is gone, leaves nothing known.
+            values["minutes"] = round(minutes.parts[stage], 3) if stage in minutes.parts else None
         total = {"minutes": round(minutes.total(), 3), "stages": stages}
         write_json(done, {**total, **report})
         return {**total, **report}
@@ -278,7 +293,9 @@ def summary(report: Mapping[str, Any], workdir: pathlib.Path) -> str:
     from muse_jax import evaluate
 
     lines = [f"{'stage':<22}{'steps':>7}{'loss':>9}{'minutes':>9}"]
-    lines += [f"{n:<22}{s['steps']:>7}{s['loss']:>9.4f}{s['minutes']:>9.1f}" for n, s in report["stages"].items()]
+    for name, stage in report["stages"].items():
+        spent = "?" if stage["minutes"] is None else f"{stage['minutes']:.1f}"
+        lines.append(f"{name:<22}{stage['steps']:>7}{stage['loss']:>9.4f}{spent:>9}")
     lines += [
         "",
         evaluate.table(report),
@@ -307,6 +324,7 @@ def main(argv: list[str]) -> None:
     process.quiet()
     signal.signal(signal.SIGTERM, _stop)
     from muse_jax import train
+    from muse_jax.sampling.folder import PipelineError
 
     workdir = pathlib.Path(_WORKDIR.value)
     configs = pathlib.Path(_CONFIGS.value) if _CONFIGS.value else configs_folder() / "scenes"
@@ -319,7 +337,7 @@ def main(argv: list[str]) -> None:
     except lanes.JobError as failed:
         print("\nThe same command goes on from here." if failed.was_stopped else f"\n{failed}", file=sys.stderr)
         sys.exit(failed.exit_code)
-    except (*train.MENDABLE, FileNotFoundError) as error:
+    except (*train.MENDABLE, PipelineError, FileNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
 

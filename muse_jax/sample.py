@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import dataclasses  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
+import os  # noqa: E402
 import pathlib  # noqa: E402
 import sys  # noqa: E402
 import warnings  # noqa: E402
@@ -87,6 +88,28 @@ def file_names(prompts: Sequence[str], seeds: Sequence[int], negative_prompts: S
             name = f"{stem}_{again}"
         names.append(f"{name}.png")
     return names
+
+
+def check_out(path: pathlib.Path) -> None:
+    """Refuses a file for --out that could not be written: before anything is drawn or measured for it.
+
+    Raises:
+      ValueError: naming what is in the way.
+    """
+    if path.is_dir():
+        raise ValueError(f"--out: {path} is a folder, and a file is to be written there; name another.")
+    check_above(path, "--out")
+
+
+def check_above(path: str | os.PathLike[str], flag: str) -> None:
+    """Refuses a path that nothing could be written to because of a folder above it; buckets' are left to them."""
+    if "://" in os.fspath(path):
+        return
+    above = next(folder for folder in pathlib.Path(path).absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{flag}: {path} can't be written, since {above} is a file; name another folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag}: {path} can't be written, since nothing may be written in {above}; name another.")
 
 
 def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
@@ -238,6 +261,7 @@ def run(values: flags.FlagValues, command: Sequence[str] = ()) -> dict[str, Any]
     from muse_jax.sampling.requests import make_requests
 
     out = pathlib.Path(values.out)
+    check_out(out / "samples.json")
     pipeline = MusePipeline.load(values.pipeline or None, max_batch_size=values.batch_size)
     requests = make_requests(
         prompts_given(values, pipeline),

@@ -9,6 +9,7 @@ from PIL import Image
 
 from muse_jax import edit
 from muse_jax.data import scenes
+from muse_jax.sampling.pipeline import MusePipeline
 
 PIPELINE = "--pipeline=runs/quickstart/pipeline"
 PROMPT = "a large red circle on a white background"
@@ -72,6 +73,8 @@ def test_it_leaves_what_it_names(here, monkeypatch, capsys, flags, method, size)
         (["--image=picture.png", f"--prompt={PROMPT}", "--box=0,0,abc,4"], "--box=0,0,abc,4: expected"),
         (["--image=picture.png", f"--prompt={PROMPT}", "--box=0,0,8,8", "--strength=0.5"], "--strength is for Paella"),
         (["--interpolate=3", f"--prompt={PROMPT}", "--image=picture.png", "--right=8"], "leave --image and --right"),
+        (["--interpolate=3", *[f"--prompt={PROMPT}"] * 2, "--num_images_per_prompt=4"], "leave --num_images_per"),
+        (["--image=picture.png", f"--prompt={PROMPT}", "--noresize"], "--noresize is not for mask-free editing"),
         (["--interpolate=0", f"--prompt={PROMPT}", f"--prompt={PROMPT}"], "num_pictures is 0"),
         (["--variations", "--image=picture.png", f"--prompt={PROMPT}"], "leave --prompt out"),
         (["--image=picture.png", "--prompt=a cat", "--best_of=2"], "'a cat' is no caption"),
@@ -82,6 +85,31 @@ def test_what_cannot_work_names_the_mend(here, monkeypatch, flags, message):
     values = parsed(PIPELINE, *flags)
     with pytest.raises(ValueError, match=message):
         edit.edit(values)
+
+
+def test_every_picture_has_its_file_and_its_row_of_iterations(here, monkeypatch, tmp_path):
+    """Also where only prompts, or only negative prompts, tell pictures apart."""
+    monkeypatch.chdir(here)
+    again = "a small blue square on a white background"
+    prompts = [f"--prompt={prompt}" for prompt in (PROMPT, again, PROMPT)]
+    negatives = [f"--negative_prompt={color}" for color in ("blue", "blue", "green")]
+    flags = ["--image=picture.png", "--num_inference_steps=3", f"--out={tmp_path}"]
+    pictures = edit.edit(parsed(PIPELINE, *prompts, *negatives, *flags))["pictures"]
+    assert [picture["negative_prompt"] for picture in pictures] == ["blue", "blue", "green"]
+    assert len({picture["file"] for picture in pictures}) == 3
+    assert all((tmp_path / picture["file"]).exists() for picture in pictures)
+    edit.edit(parsed(PIPELINE, prompts[0], *flags[:2], f"--out={tmp_path / 'one'}"))
+    with Image.open(tmp_path / "strip.png") as three, Image.open(tmp_path / "one" / "strip.png") as one:
+        assert three.height > 2.5 * one.height  # a row each
+
+
+def test_a_folder_that_cannot_be_is_known_before_anything_is_drawn(here, monkeypatch, tmp_path):
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(MusePipeline, "edit", lambda *args, **kwargs: pytest.fail("drawn"))
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "new"):
+        with pytest.raises(ValueError, match="file is a file; name another"):
+            edit.edit(parsed(PIPELINE, "--image=picture.png", f"--prompt={PROMPT}", f"--out={out}"))
 
 
 @pytest.mark.parametrize(

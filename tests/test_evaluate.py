@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 import threading
@@ -277,6 +278,30 @@ def test_where_the_figures_go():
     assert str(evaluate.out_path(_flags())) == "evaluation.json"
     assert str(evaluate.out_path(_flags("--pipeline=a/b"))) == "a/b/evaluation.json"
     assert str(evaluate.out_path(_flags("--pipeline=a/b", "--out=c.json"))) == "c.json"
+
+
+@pytest.mark.parametrize(("out", "message"), [("there", "is a folder"), ("file/new/a.json", "file is a file")])
+def test_where_figures_cannot_be_written_is_known_before_they_are_measured(tmp_path, monkeypatch, out, message):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **kwargs: pytest.fail("measured"))
+    with pytest.raises(ValueError, match=message):
+        evaluate.run(_flags(f"--out={tmp_path / out}"))
+
+
+def test_figures_are_written_whole_or_not_at_all_and_shown_in_any_case(tmp_path, monkeypatch, capsys):
+    def half(path, text, **_):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError("disk full")
+
+    figures = {"tokenizers": {}, "evaluation": {"seconds": 1.0}}
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **kwargs: figures)
+    (tmp_path / "figures.json").write_text("{}")
+    monkeypatch.setattr(pathlib.Path, "write_text", half)
+    with pytest.raises(OSError, match="disk full"):
+        evaluate.run(_flags(f"--out={tmp_path / 'figures.json'}"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"figures.json": "{}"}
+    assert "reconstruction" in capsys.readouterr().out
 
 
 def test_wrong_flags_and_folders_are_named(tmp_path):

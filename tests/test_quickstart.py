@@ -148,6 +148,24 @@ with Minutes(pathlib.Path({str(path)!r}), every=0.1).spent_on("base"):
     assert minutes.total() == pytest.approx(0.1 + minutes.parts[quickstart.TRAINING]), "stages are within the training"
 
 
+@pytest.mark.parametrize("left", ["", '{"startup": 0.1', "[1]", None])
+def test_damaged_or_missing_records_do_not_end_a_finished_quickstart(tmp_path, monkeypatch, capsys, left):
+    trained = {stage: {"steps": 3, "loss": 0.5} for stage in STAGES}
+    monkeypatch.setattr(quickstart, "train_stages", lambda where, minutes: (trained, True))
+    monkeypatch.setattr(quickstart, "finish", lambda where, minutes: {"tokenizers": {}, "prompt": "a circle"})
+    for name in ("minutes.json", "report.json"):
+        if left is not None:
+            (tmp_path / name).write_text(left)
+    report = quickstart.run(quickstart.Setup(quickstart.configs_folder() / "scenes", "tiny", tmp_path))
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert {stage["minutes"] for stage in report["stages"].values()} == {None}
+    assert "0.5000        ?" in quickstart.summary(report, tmp_path)
+    warned = capsys.readouterr().err
+    assert [f"{tmp_path / name} is damaged" in warned for name in ("minutes.json", "report.json")] == [
+        left is not None
+    ] * 2
+
+
 def _run(workdir: pathlib.Path | str, *flags: str, cwd: pathlib.Path | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "muse_jax.quickstart", "--variant=tiny", f"--workdir={workdir}", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, check=False)

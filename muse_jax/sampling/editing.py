@@ -5,6 +5,8 @@ or with another rule for what is drawn again.
 """
 
 import dataclasses
+import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -257,21 +259,25 @@ class Editing:
         if (height, width) == side:
             yield 0, 0
             return
-        yield from self._windows_outward(~tokens.open.any(axis=0), side)
-        for row in _sweep(0, height, side[0]):  # what is open in between, of a mask in a large picture
-            for column in _sweep(0, width, side[1]):
-                if tokens.open[:, row : row + side[0], column : column + side[1]].any():
-                    yield row, column
+        outward = self._windows_outward(~tokens.open.any(axis=0), side)
+        # What is open in between, of a mask in a large picture.
+        between = itertools.product(_sweep(0, height, side[0]), _sweep(0, width, side[1]))
+        for row, column in itertools.chain(outward, between):
+            if tokens.open[:, row : row + side[0], column : column + side[1]].any():
+                yield row, column
 
     def _windows_outward(self, known: Bool[np.ndarray, "r c"], side: tuple[int, int]) -> Iterator[tuple[int, int]]:
         height, width = known.shape
         rows, columns = (np.flatnonzero(known.any(axis=axis)).tolist() for axis in (1, 0))
         if not rows:
             return
-        for row in _sweep(rows[0], rows[-1] + 1, side[0]):
-            for column in _outward(columns[0], columns[-1] + 1, width, side[1]):
+        # What is known may be less than a window: then the first one reaches beyond it.
+        top, left = min(rows[0], height - side[0]), min(columns[0], width - side[1])
+        bottom, right = max(rows[-1] + 1, top + side[0]), max(columns[-1] + 1, left + side[1])
+        for row in _sweep(top, bottom, side[0]):
+            for column in (left, *_outward(left, right, width, side[1])):
                 yield row, column
-        for row in _outward(rows[0], rows[-1] + 1, height, side[0]):
+        for row in _outward(top, bottom, height, side[0]):
             for column in _sweep(0, width, side[1]):
                 yield row, column
 
@@ -358,13 +364,18 @@ def _outward(start: int, stop: int, total: int, side: int) -> list[int]:
 def _listed(value: Any, requests: Requests, name: str) -> list[Any]:
     """One for each prompt."""
     prompts = len(requests) // requests.images_per_prompt
-    is_list = isinstance(value, list) and not (name == "mask_image" and all(np.isscalar(v) for v in value))
-    values = value if is_list else [value] * prompts
+    is_box = name == "mask_image" and isinstance(value, list | tuple) and not any(map(_is_mask, value))
+    values = value if isinstance(value, list | tuple) and not is_box else [value] * prompts
     if len(values) == 1:
         values = list(values) * prompts
     if len(values) != prompts:
         raise ValueError(f"{name} has {len(values)} entries for {prompts} prompts; give one, or one a prompt.")
     return list(values)
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether it is a whole mask, or none, and not a side of a box; a path is."""
+    return not np.isscalar(value) or isinstance(value, str)
 
 
 def _open_images(image: Any, requests: Requests) -> list[Image.Image]:
@@ -379,7 +390,7 @@ def _open(image: Any, name: str) -> Image.Image:
         image = _from_array(image, name)
     elif not isinstance(image, Image.Image):
         try:
-            image = transforms.open_image(image)
+            image = transforms.open_image(os.fspath(image) if isinstance(image, os.PathLike) else image)
             image.load()
         except (transforms.UnusableError, OSError, TypeError, AttributeError) as error:
             raise ValueError(f"{name} {image!r} can't be read: {error}.") from error

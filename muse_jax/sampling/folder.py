@@ -1,5 +1,6 @@
 """The pipeline folder: `pipeline.json` and one stage folder for each stage from prompt to picture."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from muse_jax import specs
@@ -23,6 +25,7 @@ MODELS = {
     "superres": (specs.SuperResSpec,),
     "decoder": (specs.VQGANSpec,),  # fine-tuned; without it the finest tokenizer's own is used
 }
+STAGE_FILES = ("config.json", "params.safetensors", "vocabulary.json")  # of each stage's folder
 
 
 class PipelineError(ValueError):
@@ -69,9 +72,11 @@ def write(
 ) -> None:
     """Writes a pipeline folder whole or not at all; a pipeline that is there is replaced.
 
+    If that one's folder holds more, such as figures of it, it is kept beside under the next free "FOLDER.1".
+
     Args:
-      folder: its parent is made if need be. In a bucket, which can't rename folders, it is a pipeline once its
-        pipeline.json is there, which is deleted first and written last.
+      folder: its parent is made if need be; of a link, what it leads to. In a bucket, which can't rename folders,
+        it is a pipeline once its pipeline.json is there, which is deleted first and written last.
       stages: name -> anything that `save` can write.
       manifest: of the pipeline's making (command, seed, versions, figures); JSON values.
       save: (folder, stage) writes a stage folder.
@@ -84,9 +89,8 @@ def write(
     if "://" in os.fspath(folder):
         _write_in_bucket(epath.Path(folder), stages, text, save)
         return
-    folder = pathlib.Path(os.path.abspath(folder))
-    if folder.exists() and not (folder / FILE).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise PipelineError(f"{folder} holds something else than a pipeline; name another folder.")
+    folder = pathlib.Path(os.path.realpath(folder))
+    others = _others(folder)
     draft, previous = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("draft", "previous"))
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -97,9 +101,30 @@ def write(
         if folder.exists():
             folder.rename(previous)
         draft.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
+        if others:
+            beside = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+            kept = previous.rename(next(path for path in beside if not path.exists()))
+            logging.warning("The pipeline before is now %s, since its folder also held %s.", kept, ", ".join(others))
+        else:
+            shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _others(folder: pathlib.Path) -> list[str]:
+    """What a pipeline's folder holds beside what `write` has written.
+
+    Raises:
+      PipelineError: if it is no pipeline's folder, and not empty.
+    """
+    if not folder.exists():
+        return []
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
+    if names and not {FILE, "base"} <= names:
+        raise PipelineError(f"{folder} holds something else than a pipeline; name another folder.")
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    ours = {pathlib.Path(FILE), *(pathlib.Path(stage, file) for stage in STAGES for file in STAGE_FILES)}
+    return sorted(map(str, files - ours))
 
 
 def _write_in_bucket(

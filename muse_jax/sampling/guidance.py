@@ -67,7 +67,8 @@ def scales(
     if ramp not in RAMPS:
         raise ValueError(f"guidance_ramp is {ramp!r}; expected one of {', '.join(map(repr, RAMPS))}.")
     t = np.linspace(0.0, 1.0, steps) if steps > 1 else np.ones(1)
-    inside = (t >= interval[0]) & (t <= interval[1]) | (steps == 1)
+    rounding = 1e-6  # of a time that is given as 1 / 3 or 0.3
+    inside = (t >= interval[0] - rounding) & (t <= interval[1] + rounding) | (steps == 1)
     scale = np.asarray(guidance_scale, np.float64)
     return (1 + np.multiply.outer(RAMPS[ramp](t, power) * inside, scale - 1)).astype(np.float32)
 

@@ -23,13 +23,14 @@ class MuseOutput:
     """Pictures and the tokens they were decoded from; a decoder runs when its pictures are first asked for.
 
     Attributes:
-      prompts, seeds: of each picture.
+      prompts, negative_prompts, seeds: of each picture.
       tokens: token ids of the pictures, int32 [n, rows, columns]; of the high resolution if the pipeline has one.
       low_tokens: low-resolution token ids.
       settings: of the decode loops, as JSON values.
     """
 
     prompts: tuple[str, ...]
+    negative_prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     tokens: np.ndarray
     low_tokens: np.ndarray

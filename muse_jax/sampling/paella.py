@@ -242,6 +242,7 @@ class PaellaPipeline(MusePipeline):
         tokens = np.concatenate([made for made, _ in pieces])
         return MuseOutput(
             prompts=requests.prompts,
+            negative_prompts=requests.negative_prompts,
             seeds=requests.seeds,
             tokens=tokens,
             low_tokens=tokens,

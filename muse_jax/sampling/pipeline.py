@@ -217,7 +217,8 @@ class MusePipeline(editing.Editing):
         if isinstance(num_pictures, bool) or not isinstance(num_pictures, int | np.integer) or num_pictures < 2:
             raise ValueError(f"num_pictures is {num_pictures!r}; expected a whole number of at least 2.")
         weights = np.linspace(0.0, 1.0, num_pictures, dtype=np.float32)
-        labels = [f"{1 - weight:.0%} {texts[0]}, {weight:.0%} {texts[1]}" for weight in weights]
+        digits = max(0, len(str(num_pictures - 2)) - 2)  # so many that no two pictures have the same label
+        labels = [f"{1 - weight:.{digits}%} {texts[0]}, {weight:.{digits}%} {texts[1]}" for weight in weights]
         requests = make_requests(labels, self._named(negative_prompt), 1, [seed] * num_pictures)
         given = {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps, **settings}
         way = Way(((texts[0],) * num_pictures, (texts[1],) * num_pictures), weights)
@@ -276,6 +277,7 @@ class MusePipeline(editing.Editing):
         steps = {n: _joined([piece[n][1] for piece in pieces]) for n in self.token_stages} if history else None
         return MuseOutput(
             prompts=requests.prompts,
+            negative_prompts=requests.negative_prompts,
             seeds=requests.seeds,
             tokens=tokens[-1],
             low_tokens=tokens[0],

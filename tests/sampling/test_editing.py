@@ -54,6 +54,8 @@ def test_a_mask_is_a_picture_or_a_box(pipeline, picture, tmp_path):
             (PIL.Image.fromarray(picture), (2, 9, 6, 12)),
             (str(tmp_path / "picture.png"), str(tmp_path / "mask.png")),
             ([picture] * 3, [mask, np.asarray(mask), np.asarray(mask) > 0]),
+            (picture, [str(tmp_path / "mask.png")]),
+            ((picture,) * 3, (str(tmp_path / "mask.png"), tmp_path / "mask.png", [2, 9, 6, 12])),
         )
     ]
     for images in made[1:]:
@@ -119,6 +121,18 @@ def test_outpainting_goes_on_from_a_picture_that_grew_on_both_sides(pipeline, pi
     stays[4:24, 12:32] = False  # the box, in high tokens of 4 pixels
     np.testing.assert_array_equal(painted.images[:, stays], second[:, stays])
     assert (painted.images != second).any()
+
+
+@pytest.mark.parametrize("kept", [(0, 0), (0, 16), (8, 8), (16, 16)])
+def test_inpainting_a_larger_picture_of_which_little_is_kept(pipeline, kept):
+    """Less than a window of the models, which is 16 pixels: 8 in a corner or in the middle."""
+    image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    mask = np.ones((24, 24), bool)
+    mask[kept[0] : kept[0] + 8, kept[1] : kept[1] + 8] = False
+    made = pipeline.inpaint([RED] * 3, image, mask, resize=False, output_type="uint8")
+    assert made.tokens.max() < 13
+    assert made.low_tokens.max() < 11
+    np.testing.assert_array_equal(made.images[:, ~mask], np.stack([image[~mask]] * 3))
 
 
 def test_outpainting_by_less_than_a_token_cuts_the_rest_off(pipeline, picture):
@@ -191,6 +205,13 @@ def test_interpolation_starts_with_one_prompt_and_ends_with_the_other(pipeline):
     np.testing.assert_array_equal(equal, red)
 
 
+def test_of_many_interpolated_pictures_each_has_its_label(pipeline):
+    for count, second in ((101, "99% a, 1% red"), (150, "99.3% a, 0.7% red")):
+        made = pipeline.interpolate(["a", "red"], count, num_inference_steps=1, output_type="latent")
+        assert len(set(made.prompts)) == count
+        assert made.prompts[1] == second
+
+
 def test_interpolation_without_guidance_and_with_a_negative_prompt(pipeline):
     way = pipeline.interpolate(["a red circle", "blue"], 3, guidance_scale=1.0, superres_guidance_scale=1.0)
     plain = pipeline("a red circle", guidance_scale=1.0, superres_guidance_scale=1.0)
@@ -235,6 +256,7 @@ def test_other_prompts_masks_and_values_do_not_compile_again(pipeline, picture, 
         ("inpaint", {"mask_image": (0, 0, 17, 4)}, "within the image of 16 x 16"),
         ("inpaint", {"mask_image": (0, 0, 4)}, "left, top, right, bottom"),
         ("inpaint", {"mask_image": "nowhere.png"}, "mask_image 'nowhere.png' can't be read"),
+        ("inpaint", {"mask_image": ["a.png"] * 4}, "4 entries for 1 prompts"),
         ("inpaint", {"mask_image": (0, 0, 4, 4), "image": np.zeros((4, 4, 3))}, "float64.*uint8"),
         ("inpaint", {"mask_image": [(0, 0, 4, 4)] * 2, "prompt": [RED] * 3}, "2 entries for 3 prompts"),
         ("outpaint", {}, "all 0"),

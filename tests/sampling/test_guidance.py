@@ -28,6 +28,12 @@ def test_ramps():
     assert guidance.scales("linear", 1, 4.0).tolist() == [4]
     assert guidance.scales("linear", 3, 1.0).tolist() == [1, 1, 1]
     assert guidance.scales("linear", 3, np.array([1.0, 3.0])).tolist() == [[1, 1], [1, 2], [1, 3]]
+    # Both ends of an interval are in it, also where floats fall beside them.
+    for steps in range(2, 30):
+        for k in range(steps):
+            time = k / (steps - 1)
+            assert (guidance.scales("constant", steps, 3.0, interval=(0.0, time)) == 3).sum() == k + 1
+            assert (guidance.scales("constant", steps, 3.0, interval=(time, 1.0)) == 3).sum() == steps - k
     with pytest.raises(ValueError, match="guidance_ramp is 'cosine'; expected one of 'linear'"):
         guidance.scales("cosine", 3, 4.0)
 

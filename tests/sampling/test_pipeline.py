@@ -284,6 +284,31 @@ def test_something_else_is_not_overwritten(pipeline, tmp_path):
         pipeline.save(tmp_path)
 
 
+@pytest.mark.parametrize("theirs", ["notes.txt", "samples/mine.png", "base/checkpoints/1/array"])
+def test_what_the_user_keeps_in_a_pipeline_folder_is_not_deleted(pipeline, tmp_path, theirs):
+    folder = tmp_path / "pipeline"
+    pipeline.save(folder)
+    pipeline.save(folder)  # what is a pipeline alone is replaced
+    (folder / theirs).parent.mkdir(parents=True, exist_ok=True)
+    (folder / theirs).write_text("theirs")
+    pipeline.save(folder)
+    pipeline.save(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline", "pipeline.1"]
+    assert (tmp_path / "pipeline.1" / theirs).read_text() == "theirs"
+    assert not (folder / theirs).exists()
+    assert sorted(MusePipeline.load(folder).stages) == sorted(pipeline.stages)
+
+
+def test_through_a_link_the_folder_is_replaced_that_it_leads_to(pipeline, tmp_path):
+    pipeline.save(tmp_path / "pipeline")
+    (tmp_path / "link").symlink_to(tmp_path / "pipeline")
+    changed = MusePipeline(pipeline.stages, {"command": "again"})
+    changed.save(tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipeline"]
+    assert (tmp_path / "link").is_symlink()
+    assert MusePipeline.load(tmp_path / "pipeline").manifest == {"command": "again"}
+
+
 def test_folders_that_are_no_pipeline_are_refused_with_the_mend(pipeline, tmp_path):
     with pytest.raises(PipelineError, match="is not there.*name a folder that the quickstart"):
         MusePipeline.load(tmp_path / "nowhere")
