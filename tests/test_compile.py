@@ -156,7 +156,8 @@ def test_the_command_says_so_in_one_line():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("SpecError: --topology") and "expected 3 sides of the torus" in line
+    assert line.startswith("SpecError: topology is 'v4:4x8'")
+    assert "expected 3 sides of the torus" in line
 
 
 # ------------------------------------------------------------------------------------- with libtpu
