@@ -300,6 +300,7 @@ class TrainSpec:
     stop_after_nonfinite: int = 10  # such steps in a row that end the run
     compare_every: int = 1000  # steps; whether replicas are the same bits; 0: with each checkpoint only
     donate: bool = True  # the new state takes the old one's memory; False keeps both
+    matmul_precision: str = ""  # jax's default_matmul_precision for the step; layers.product knows "bfloat16" on CPUs
     # XLA's, for compiling the step for TPUs; those of one kind of TPU alone stand under its `Device.device_kind`.
     tpu_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -689,6 +690,7 @@ def _check_misfits(spec: Spec) -> None:
     _check_numbers(spec)
     _check_data(spec.data)
     _one_of(spec.optimizer.gradient_dtype, ("float32", "bfloat16"), "optimizer.gradient_dtype")
+    _one_of(spec.train.matmul_precision, ("", "bfloat16", "tensorfloat32", "float32"), "train.matmul_precision")
     if spec.train.batch_size % spec.optimizer.accumulate:
         raise SpecError(
             f"train.batch_size {spec.train.batch_size} is not a multiple of optimizer.accumulate "

@@ -46,6 +46,7 @@ def spec_of(stage):
     if "text" in changes:
         config.model.text.update(changes["text"])
     config.train.batch_size = BATCH
+    config.train.matmul_precision = ""  # what is rounded to 8 bits may be rounded otherwise after another sum
     spec = specs.from_config(config)
     # Adam's and Muon's first steps are signs of the gradient, of which rounding decides the smallest.
     changes = dict(name="adafactor", learning_rate=1e-3, b1=0.0, warmup_steps=0, overrides={})
@@ -77,13 +78,16 @@ def batches(stage):
         loader.close()
 
 
+def program_of(spec):
+    task = stages.build_task(spec, lambda path: tokenizer(path.removeprefix("pretrained:")))
+    return task, steps.Program(spec, task, sharding.make_mesh(spec.mesh), task.frozen())
+
+
 @functools.cache
 def trained(stage, sizes):
     """({parameter: array}, losses, pictures drawn) after three steps on a mesh."""
     spec = dataclasses.replace(spec_of(stage), mesh=specs.MeshSpec(*sizes))
-    task = stages.build_task(spec, lambda path: tokenizer(path.removeprefix("pretrained:")))
-    mesh = sharding.make_mesh(spec.mesh)
-    program = steps.Program(spec, task, mesh, task.frozen())
+    task, program = program_of(spec)
     frozen = jax.device_put(sharding.unbox(task.frozen()), steps.shardings_of(program.frozen))
     state, losses = program.initial(), []
     given = [sharding.put(batch, program.batch_sharding) for batch in batches(stage)]
@@ -91,7 +95,7 @@ def trained(stage, sizes):
     for batch in given:
         state, metrics = compiled(state, frozen, batch)
         losses.append(float(metrics["loss"].total / metrics["loss"].weight))
-    with sharding.layout(mesh, spec.rules):
+    with sharding.layout(program.mesh, spec.rules):
         pictures = task.samples(state.params, frozen, given[0], jax.random.key(0))
     spread = {name: leaf.sharding for name, leaf in trees.named_leaves(state.params).items()}
     leaves = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(state.params).items()}
@@ -117,3 +121,13 @@ def test_three_steps_and_a_draw_are_those_of_one_device(stage, sizes):
         np.testing.assert_allclose(shared_pictures[name].astype(int), picture.astype(int), atol=1, err_msg=name)
     split = [name for name, where in spread.items() if not where.is_fully_replicated]
     assert bool(split) == (sizes != (8, 1, 1)), "parameters are split over fsdp and tensor, and over data never"
+
+
+def test_the_step_alone_rounds_factors_of_products_where_the_config_says_so():
+    spec = spec_of("base")
+    rounding = dataclasses.replace(spec, train=dataclasses.replace(spec.train, matmul_precision="bfloat16"))
+    programs = {name: program_of(one)[1] for name, one in (("", spec), ("bfloat16", rounding))}
+    batch = sharding.put(batches("base")[0], programs[""].batch_sharding)
+    assert "bf16" not in programs[""].lower_train(batch).as_text()
+    assert "bf16" in programs["bfloat16"].lower_train(batch).as_text()
+    assert "bf16" not in programs["bfloat16"].lower_evaluate(batch).as_text(), "figures are those of the parameters"

@@ -72,10 +72,8 @@ class _Projection(nn.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         init = nn.with_logical_partitioning(self.init, self.names)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        # Flat, because the kernel's gradient is then a product of two matrices (see layers.product).
-        flat = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = jnp.dot(flat, layers.gathered(kernel, self.names, self.dtype), preferred_element_type=jnp.float32)
-        return y.astype(self.out_dtype or self.dtype).reshape(*x.shape[:-1], self.features)
+        y = layers.product(x.astype(self.dtype), layers.gathered(kernel, self.names, self.dtype), jnp.float32)
+        return y.astype(self.out_dtype or self.dtype)
 
 
 class _RelativePositionBias(nn.Module):

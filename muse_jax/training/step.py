@@ -110,7 +110,8 @@ class Program:
 
     def lower_train(self, batch: Any) -> Any:
         """The lowered train step (state, frozen, batch) -> (state, metrics); `train.donate` donates its state."""
-        with sharding.layout(self.mesh, self.spec.rules):
+        precision = self.spec.train.matmul_precision or jax.config.jax_default_matmul_precision
+        with sharding.layout(self.mesh, self.spec.rules), jax.default_matmul_precision(precision):
             donated = 0 if self.spec.train.donate else ()
             step = jax.jit(self.train_step, donate_argnums=donated, out_shardings=(shardings_of(self.state), None))
             return step.lower(self.state, self.frozen, batch)

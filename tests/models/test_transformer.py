@@ -5,6 +5,7 @@ import itertools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -34,6 +35,29 @@ def test_attention_equals_the_reference():
         seen = np.flatnonzero(mask[b])
         want = attention(q[b, :, h], k[b, seen, h], v[b, seen, h], bias[h][:, seen])
         np.testing.assert_allclose(got[b, :, h], want, atol=1e-5)
+
+
+def rounded(x):
+    """To bfloat16's 8 bits."""
+    return np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def test_products_round_their_factors_where_asked_to():
+    x, kernel, cotangent = draw(2, 3, 40), draw(40, 7, seed=1), draw(2, 3, 7, seed=2)
+
+    def both(x, kernel):
+        y, back = jax.vjp(layers.product, x, kernel)
+        return y, *back(cotangent)
+
+    with jax.default_matmul_precision("bfloat16"):
+        found = jax.jit(both)(x, kernel)
+    factors = [rounded(a).reshape(-1, a.shape[-1]) for a in (x, kernel, cotangent)]
+    rows, columns, g = factors
+    wanted = ((rows @ columns).reshape(2, 3, 7), (g @ columns.T).reshape(2, 3, 40), rows.T @ g)
+    for one, other, exact in zip(found, wanted, jax.jit(both)(x, kernel), strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+        assert 1e-4 < np.abs(one - exact).max() < 0.1, "without the setting nothing is rounded"
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
