@@ -88,7 +88,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
     config.train = dict(
-        steps=1000,
+        steps=880,
         batch_size=64,
         log_every=25,
         eval_every=0,
