@@ -3,7 +3,7 @@
     python -m muse_jax.train --config=configs/scenes/base.py --workdir=runs/scenes/base \
         --config.task.tokenizer=runs/scenes/tokenizer_low
 
-About 12 minutes on one CPU core. Variants: "" (quickstart), "long" (better, slower), "tiny" (for tests).
+About 8 minutes on one CPU core. Variants: "" (quickstart), "long" (better, slower), "tiny" (for tests).
 """
 
 import ml_collections
@@ -88,7 +88,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
     config.train = dict(
-        steps=880,
+        steps=1000,
         batch_size=64,
         log_every=25,
         eval_every=0,
