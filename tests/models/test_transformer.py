@@ -1,6 +1,8 @@
 """Attention, multi-axis attention and the scanned stack against plain loops."""
 
 import itertools
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -58,6 +60,27 @@ def test_products_round_their_factors_where_asked_to():
         assert one.dtype == jnp.float32
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
         assert 1e-4 < np.abs(one - exact).max() < 0.1, "without the setting nothing is rounded"
+
+
+ODD_PRODUCTS = """
+import itertools, jax, jax.numpy as jnp
+from muse_jax.models import layers
+
+def loss(x, kernel):
+    return jnp.sum(jnp.sin(layers.product(x, kernel)))
+
+step = jax.jit(jax.grad(loss, (0, 1)))
+with jax.default_matmul_precision("bfloat16"):
+    for rows, inner, columns in itertools.product((1, 3, 256), (1, 5, 64), (1, 7, 128)):
+        jax.block_until_ready(step(jnp.ones((rows, inner)), jnp.ones((inner, columns))))
+"""
+
+
+def test_products_of_any_shape_are_rounded_with_all_of_xlas_optimizations(as_users):
+    """XLA's CPU backend fails while it runs where it chose a layout for which it has no product in bfloat16."""
+    command = [sys.executable, "-c", ODD_PRODUCTS]
+    done = subprocess.run(command, env=as_users, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
