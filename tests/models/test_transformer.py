@@ -66,13 +66,13 @@ ODD_PRODUCTS = """
 import itertools, jax, jax.numpy as jnp
 from muse_jax.models import layers
 
-def loss(x, kernel):
-    return jnp.sum(jnp.sin(layers.product(x, kernel)))
+def loss(x, kernel, other):  # transposed, so that XLA would have factors and results lie in columns
+    return jnp.sum(jnp.sin(layers.product(layers.product(x, kernel).T, other).T))
 
-step = jax.jit(jax.grad(loss, (0, 1)))
+step = jax.jit(jax.grad(loss, (0, 1, 2)))
 with jax.default_matmul_precision("bfloat16"):
     for rows, inner, columns in itertools.product((1, 3, 256), (1, 5, 64), (1, 7, 128)):
-        jax.block_until_ready(step(jnp.ones((rows, inner)), jnp.ones((inner, columns))))
+        jax.block_until_ready(step(jnp.ones((rows, inner)), jnp.ones((inner, columns)), jnp.ones((rows, 96))))
 """
 
 
