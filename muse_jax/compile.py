@@ -6,8 +6,8 @@
 --mode=train compiles the step that muse_jax.train runs (`Program.compile_train`), for all chips of the
 topology; --mode=sample the decoding loops that muse_jax.sample runs, on one of its chips. libtpu does it
 (`pip install muse_jax[tpu_compile]`); nothing is allocated, no TPU is looked for, and no weights are read:
-see muse_jax/ahead.py for where the shapes of earlier stages come from. --effort=-1 takes about half of the
-minutes: it says whether a run compiles and fits, but its program is slower than the one that `train` compiles.
+see muse_jax/ahead.py for where the shapes of earlier stages come from. --optimization_level=O0 takes less than
+half of the minutes: it says whether a run compiles and fits, but its program is slower than `train`'s.
 
 FLOPs, bytes and collectives are read from the compiled program with its loops multiplied out
 (muse_jax/hlo.py). Times are estimates from the chips' published rates (muse_jax/roofline.py).
@@ -35,6 +35,7 @@ from ml_collections import config_flags
 from muse_jax import ahead, cascade, flops, hlo, roofline, specs, traffic, train
 from muse_jax.training import sharding, trees
 
+AS_TRAINED = "UNKNOWN"  # jax's name for the optimization level that each compiler has by itself
 PAPER_STEP_S = 0.6  # Muse, section 3: a week for 1M steps on 256 TPU v4 chips
 # libtpu describes a TPU host by these; without them it asks the network about a machine that isn't there.
 # It is also made for one process a machine, which holds for the TPU and not for compiling.
@@ -231,8 +232,8 @@ def said(report: Mapping[str, Any]) -> str:
             f"estimate    {times['step_s']:.3f} s for a batch of {report['batch']} (the paper: "
             f"{report['paper']['seconds']} s for a batch of {report['paper']['batch']})"
         )
-    if report["effort"]:
-        lines.append(f"compiled with effort {report['effort']:g}: train's program, of effort 0, has other times")
+    if report["optimization_level"] != AS_TRAINED:
+        lines.append(f"compiled at optimization level {report['optimization_level']}: train's program has other times")
     if report.get("unknown_loops"):
         lines.append(f"counted once, since their length isn't known: {', '.join(report['unknown_loops'])}")
     return "\n".join(lines)
@@ -247,7 +248,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         check_files(_JSON.value, _HLO.value)
         spec = specs.from_config(_CONFIG.value)
-        jax.config.update("jax_exec_time_optimization_effort", _EFFORT.value)
+        jax.config.update("jax_optimization_level", _OPTIMIZATION_LEVEL.value)
         if _MODE.value == "train":
             report = compile_train(spec, configs, _TOPOLOGY.value, _HLO.value)
         else:
@@ -255,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
     except specs.SpecError as error:
         print(f"SpecError: {error}", file=sys.stderr)
         sys.exit(1)
-    report["effort"] = _EFFORT.value
+    report["optimization_level"] = _OPTIMIZATION_LEVEL.value
     print(said(report))
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=1) + "\n")
@@ -268,8 +269,8 @@ if __name__ == "__main__":
     _BATCH = flags.DEFINE_integer("batch", 1, "sample: pictures at a time.", lower_bound=1)
     _BASE = flags.DEFINE_string("base", "runs/base_3b", "sample: stage before a super-resolution model.")
     _DECODER = flags.DEFINE_string("decoder", "", "sample: stage that makes pictures; the model's own tokenizer.")
-    _EFFORT = flags.DEFINE_float(
-        "effort", 0.0, "For a fast program, -1 to 1; train's is 0.", lower_bound=-1.0, upper_bound=1.0
+    _OPTIMIZATION_LEVEL = flags.DEFINE_enum(
+        "optimization_level", AS_TRAINED, [AS_TRAINED, "O0", "O1", "O2", "O3"], "jax's setting; train leaves it alone."
     )
     _HLO = flags.DEFINE_string("hlo", "", "train: file for the text of the compiled program.")
     _JSON = flags.DEFINE_string("json", None, "File for the report.")

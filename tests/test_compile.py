@@ -232,7 +232,7 @@ ALIKE = ("maskgit_imagenet512.py", "vqgan_imagenet256.py", "vqgan_imagenet512.py
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("config", [*(pytest.param(c, marks=pytest.mark.compile) for c in COMPILED), *ALIKE])
 def test_the_big_configs_fit_the_papers_pod(tmp_path, as_users, config):
-    report(tmp_path, as_users, f"--config=configs/{config}", "--topology=v4:4x8x8", "--effort=-1")
+    report(tmp_path, as_users, f"--config=configs/{config}", "--topology=v4:4x8x8", "--optimization_level=O0")
 
 
 @without_libtpu
@@ -240,7 +240,13 @@ def test_the_big_configs_fit_the_papers_pod(tmp_path, as_users, config):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x8x8", "v6e:16x16"])
 def test_the_3b_step_on_later_chips(tmp_path, as_users, topology):
-    report(tmp_path, as_users, "--config=configs/base_3b.py:precomputed", f"--topology={topology}", "--effort=-1")
+    report(
+        tmp_path,
+        as_users,
+        "--config=configs/base_3b.py:precomputed",
+        f"--topology={topology}",
+        "--optimization_level=O0",
+    )
 
 
 @without_libtpu
