@@ -1,7 +1,7 @@
 """Trains the whole cascade on this machine, draws from it and measures how well it follows prompts.
 
     python -m muse_jax.quickstart                              # 11 to 20 minutes on 2 CPU cores
-    python -m muse_jax.quickstart --variant=long               # better pictures: up to 2 hours
+    python -m muse_jax.quickstart --variant=long               # better pictures: 1 to 2 hours
     python -m muse_jax.quickstart --configs=configs/pictures --data_path=FOLDER --workdir=DIR
 
 Every stage is a run of `python -m muse_jax.train`, from configs/scenes/*.py; on a CPU with several cores some

@@ -110,7 +110,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     if variant == "long":
         config.model.update(width=160, heads=5, mlp_width=640)
-        config.train.update(steps=5200, matmul_precision="")  # as the pipeline in the package was trained
+        config.train.steps = 5200
         config.sample.update(num_inference_steps=24, guidance_scale=3.0, token_temperature=1.0, choice_temperature=4.5)
         config.sample.selection_rule = "most_confident"
     if variant == "tiny":

@@ -113,7 +113,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
     if variant == "long":
         config.train.update(steps=4200, batch_size=16, eval_batches=4)
-        config.train.matmul_precision = ""  # as the pipeline in the package was trained
         config.optimizer.adam_learning_rate = 2e-3
         config.sample.token_temperature = 0.8
     if variant == "tiny":
