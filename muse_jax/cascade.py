@@ -113,16 +113,16 @@ def _arguments(spec: specs.Spec, batch: int) -> list[jax.ShapeDtypeStruct]:
 
 
 def _fill(params: Any, spec: specs.Spec, batch: int, low: Any, stream: int, where: Any) -> Lowered:
-    guided = spec.sample.guidance_scale != 1
     tokens, *_ = _arguments(spec, batch)
-    ids, mask = _arguments(spec, batch * (1 + guided))[1:3]
+    ids, mask = _arguments(spec, batch * 2)[1:3]
     known = jax.ShapeDtypeStruct(tokens.shape, bool)
     seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
+    guided = spec.sample.guidance_scale != 1
     settings = dataclasses.asdict(spec.sample)
     plan = sampler.make_plan(tokens=tokens.shape[1], grid=spec.model.grid, **settings)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=where),
-        (ids, mask, low, tokens, known, seeds, None, plan),  # not between two prompts
+        (ids, mask, low, tokens, known, seeds, None, plan, guided),  # not between two prompts
     )
     static = dict(spec=spec.model, rule=None, stream=stream, guided=guided, history=False)
     args = (params, *shapes)

@@ -7,11 +7,13 @@ the last ones it does little.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Predict = Callable[..., Float[Array, "b n v"]]  # of tokens [b, n] and, if it is told, the time
 GuidedPredict = Callable[[Int[Array, "b n"], Any], Float[Array, "b n v"]]  # also takes the sampler's `Step`
@@ -101,6 +103,54 @@ def guided(predict_both: Predict, timed: bool = False) -> GuidedPredict:
         conditional, unconditional = jnp.split(both(jnp.concatenate([tokens, tokens]), step), 2)
         scale = jnp.reshape(step.guidance, (-1, 1, 1))  # one for all, or one an example
         return guide(conditional, unconditional, scale)
+
+    return predict
+
+
+def optional(
+    condition: Callable[..., Any],
+    logits: Callable[..., Float[Array, "b n v"]],
+    branches: tuple[Any, ...],
+    guides: Bool[Array, ""] | bool,
+    weights: Float[Array, "b"] | None = None,
+    timed: bool = False,
+) -> GuidedPredict:
+    """As `guided`, branch after branch, the unconditional one only where `guides` says so.
+
+    One program, with the model in it once, draws both ways: what is not meant to be guided need not compile again
+    when it is asked for guidance, and pays for the other half only then.
+
+    Args:
+      condition: what the model is told in one branch, of that branch's part of `branches`; done once, not each step.
+      logits: of (tokens [b, n], what it is told), and of the step's time if `timed`.
+      branches: arrays [k, ...] of the prompts, with weights the other prompts, and the negative prompts.
+      weights: of the other prompts, 0 to 1; see `between`.
+    """
+    conditional = 1 if weights is None else 2
+    count = conditional + jnp.asarray(guides, jnp.int32)
+
+    def part(tree: Any, i: Any) -> Any:
+        return jax.tree.map(lambda x: x[i], tree)
+
+    def tell(i: Any, told: Any) -> Any:
+        return jax.tree.map(lambda every, one: every.at[i].set(one), told, condition(*part(branches, i)))
+
+    shapes = jax.eval_shape(condition, *part(branches, 0))
+    nothing = jax.tree.map(lambda x: jnp.zeros((conditional + 1, *x.shape), x.dtype), shapes)
+    told = jax.lax.fori_loop(0, count, tell, nothing)
+
+    def predict(tokens: Int[Array, "b n"], step: Any) -> Float[Array, "b n v"]:
+        scale = jnp.reshape(step.guidance, (-1, 1, 1))
+        of_branch = partial(logits, tokens)
+        time = (step.t,) if timed else ()
+
+        def add(i: Any, total: Any) -> Any:
+            own = of_branch(part(told, i), *time)
+            mixed = own if weights is None else total + weights[:, None, None] * (own - total)
+            return jnp.where(i == 0, own, jnp.where(i < conditional, mixed, guide(total, own, scale)))
+
+        shape = jax.eval_shape(of_branch, part(told, 0), *time)
+        return jax.lax.fori_loop(0, count, add, jnp.zeros(shape.shape, shape.dtype))
 
     return predict
 

@@ -268,13 +268,12 @@ class PaellaPipeline(MusePipeline):
         count, (rows, columns) = len(requests.prompts[piece]), canvas.tokens.shape[1:]
         bucket = self._bucket(count)
         own = {k: _padded(v[piece], bucket) if k in PER_PICTURE else v for k, v in settings.items()}
-        guided = self._guided("base", settings)
         start_time = min(1 - canvas.strength, 0.999)  # nothing is open at strength 0
         plan = sampler.make_plan(tokens=rows * columns, grid=(rows, columns), start_time=start_time, **own)
         open_ = canvas.open[piece].reshape(count, -1)
         share = schedules.masked_share(own["schedule"], start_time, np.float64(rows * columns))
         noised = np.ceil(open_.sum(axis=1) * share - 1e-9).astype(np.int32)
-        branches = [[text[piece] for text in texts], [requests.negative_prompts[piece]] * len(texts)][: 1 + guided]
+        branches = [[text[piece] for text in texts], [requests.negative_prompts[piece]] * len(texts)]
         encoded = [self._encoded(branch, spec.condition_length, bucket) for branch in branches]
         ids, mask = (np.concatenate([branch[i] for branch in encoded]) for i in range(2))
         tokens, steps = _run(
@@ -286,8 +285,9 @@ class PaellaPipeline(MusePipeline):
             _padded(noised, bucket),
             _padded(np.asarray(requests.seeds[piece], np.uint32), bucket),
             plan,
+            np.any(settings["guidance_scale"] != 1),  # of the whole call, so that its pieces are drawn in one way
             spec=dataclasses.replace(spec.model, grid=(rows, columns)),
-            guided=guided,
+            guided=self._guided("base"),
             history=history,
         )
         kept = (steps.predicted, steps.masked) if history else ()
@@ -314,24 +314,36 @@ def _renoise(
     noised,
     seeds,
     plan,
+    guides,
     *,
     spec,
     guided: bool,
     history: bool,
 ):
-    """Paella's sampler; with guidance the texts are [prompts; negative prompts]."""
+    """Paella's sampler; the texts are [prompts; negative prompts]."""
     apply = partial(predictors.from_spec(spec).apply, {"params": params})
-    if pictures is not None and guided:
-        pictures = jnp.concatenate([pictures, jnp.full_like(pictures, spec.codebook_size)])
-    embeddings = apply(text_ids, text_mask, method="encode_text")
-    condition = apply(embeddings, text_mask, pictures, method="condition")
-    if shares is not None:
-        condition = condition.grouped(jnp.concatenate([shares, shares]) if guided else shares)
-    guide = guidance.guided if guided else guidance.unguided
-    predict = guide(lambda tokens, t: apply(tokens, condition, t, method="logits"), timed=True)
     keys = jax.vmap(jax.random.key)(seeds)
     noise = sampler.noise(keys, tokens.shape[1], spec.codebook_size)
     start = jnp.where(jax.vmap(_chosen)(keys, known, noised), noise, tokens)
+
+    if pictures is not None:
+        pictures = jnp.stack([pictures, jnp.full_like(pictures, spec.codebook_size)])
+
+    def condition(ids, mask, pictures):
+        told = apply(apply(ids, mask, method="encode_text"), mask, pictures, method="condition")
+        if shares is None:
+            return told
+        return told.grouped(jnp.concatenate([shares] * (len(ids) // (shares.shape[0] * shares.shape[-1]))))
+
+    def logits(tokens, told, t):
+        return apply(tokens, told, t, method="logits")
+
+    if guided:
+        told = condition(text_ids, text_mask, None if pictures is None else jnp.concatenate(pictures))
+        predict = guidance.guided(lambda tokens, t: logits(tokens, told, t), timed=True)
+    else:
+        branches = (*(x.reshape(2, -1, x.shape[-1]) for x in (text_ids, text_mask)), pictures)
+        predict = guidance.optional(condition, logits, branches, guides, timed=True)
     return sampler.decode(predict, start, plan, keys, start, known=known, revisable=True, history=history)
 
 

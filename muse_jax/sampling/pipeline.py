@@ -400,13 +400,9 @@ class MusePipeline(editing.Editing):
         if any(requests.negative_prompts) and not any(np.any(scale != 1) for scale in scales):
             warnings.warn("negative_prompt has no effect at guidance_scale=1; use a larger one.", stacklevel=3)
 
-    def _guided(self, stage: str, settings: Mapping[str, Any]) -> bool:
-        """Whether a call's program has guidance's other half.
-
-        Of the whole call, and where a stage is meant to be guided also at a scale of 1, so that neither a last
-        piece nor another scale needs a program of its own. At 1 the other half changes no bit.
-        """
-        return self.stages[stage].spec.sample.guidance_scale != 1 or bool(np.any(settings["guidance_scale"] != 1))
+    def _guided(self, stage: str) -> bool:
+        """Whether a stage is meant to be guided: its program then is, at a scale of 1 too; see `guidance.optional`."""
+        return self.stages[stage].spec.sample.guidance_scale != 1
 
     def _make(
         self,
@@ -426,8 +422,7 @@ class MusePipeline(editing.Editing):
         for name in self.token_stages:
             model = self.stages[name].spec.model
             own = {k: _padded(v[piece], bucket) if k in PER_PICTURE else v for k, v in resolved[name].items()}
-            guided = self._guided(name, resolved[name])
-            texts = [text[piece] for text in (*way.texts, *[requests.negative_prompts] * guided)]
+            texts = [text[piece] for text in (*way.texts, requests.negative_prompts)]
             length = self.stages[name].spec.condition_length
             encoded = [self._vocabularies[name].encode_batch(text, length) for text in texts]
             ids, mask = (np.concatenate([_padded(text[i], bucket) for text in encoded]) for i in range(2))
@@ -444,10 +439,12 @@ class MusePipeline(editing.Editing):
                 seeds,
                 weights,
                 loop.plan(self._plan(name, own)),
+                # of the whole call, so that its pieces are drawn in one way
+                np.any(resolved[name]["guidance_scale"] != 1),
                 spec=model,
                 rule=loop.rule,
                 stream=STREAMS[name],
-                guided=guided,
+                guided=self._guided(name),
                 history=history,
             )
             shaped = low[:count].reshape(count, *model.grid)
@@ -490,6 +487,7 @@ def _fill(
     seeds,
     weights,
     plan,
+    guides,
     *,
     spec,
     rule: sampler.Select | None,
@@ -499,19 +497,25 @@ def _fill(
 ):
     """Fills in the masked ones of a stage's tokens.
 
-    With guidance the texts are [prompts; negative prompts], with weights [prompts; other prompts; ...].
+    The texts are [prompts; negative prompts], with weights [prompts; other prompts; negative prompts].
     """
     apply = partial(predictors.from_spec(spec).apply, {"params": params})
-    if low_tokens is not None:
-        low_tokens = jnp.concatenate([low_tokens] * (len(text_ids) // len(tokens)))
-    embeddings = apply(text_ids, text_mask, method="encode_text")
-    memory = apply(embeddings, text_mask, low_tokens, method="condition")  # once: no step changes it
 
-    def logits(tokens):
-        return apply(tokens, memory, method="logits")
+    def condition(ids, mask):
+        low = None if low_tokens is None else jnp.concatenate([low_tokens] * (len(ids) // len(tokens)))
+        return apply(apply(ids, mask, method="encode_text"), mask, low, method="condition")
 
-    guide = guidance.guided if guided else guidance.unguided
-    predict = guide(logits if weights is None else guidance.between(logits, weights))
+    logits = partial(apply, method="logits")
+    if guided:
+        memory = condition(text_ids, text_mask)  # once: no step changes it
+
+        def both(tokens):
+            return logits(tokens, memory)
+
+        predict = guidance.guided(both if weights is None else guidance.between(both, weights))
+    else:
+        told = tuple(x.reshape(-1, len(tokens), x.shape[-1]) for x in (text_ids, text_mask))
+        predict = guidance.optional(condition, logits, told, guides, weights)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stream))(seeds)
     return sampler.decode(predict, tokens, plan, keys, spec.codebook_size, known=known, select=rule, history=history)
 

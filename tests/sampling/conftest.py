@@ -1,5 +1,6 @@
 """A pipeline of tiny models with random parameters: 2x2 low tokens, 4x4 high tokens, 16 pixels."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -94,6 +95,17 @@ def tiny() -> SimpleNamespace:
 def pipeline(tiny) -> MusePipeline:
     """The tiny pipeline; what it has compiled serves all tests."""
     return MusePipeline(tiny.stages, {"command": "made by a test"}, max_batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def without_guidance():
+    """Makes a stage that isn't meant to be guided of one that is: the same parameters, guidance off by default."""
+
+    def change(stage: checkpoint.Stage) -> checkpoint.Stage:
+        sample = dataclasses.replace(stage.spec.sample, guidance_scale=1.0)
+        return dataclasses.replace(stage, spec=dataclasses.replace(stage.spec, sample=sample))
+
+    return change
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 
 from muse_jax.sampling import editing
+from muse_jax.sampling.pipeline import MusePipeline
 
 SIZE = 16  # of the pipeline's pictures: 2x2 low tokens of 8 pixels, 4x4 high tokens of 4
 RED = "a red circle"
@@ -218,6 +219,19 @@ def test_interpolation_without_guidance_and_with_a_negative_prompt(pipeline):
     np.testing.assert_array_equal(way.tokens[0], plain.tokens[0])
     away = pipeline.interpolate(["a red circle", "blue"], 4, "a square", guidance_scale=8.0)
     assert (away.low_tokens != pipeline.interpolate(["a red circle", "blue"], 4, guidance_scale=8.0).low_tokens).any()
+
+
+def test_interpolation_where_guidance_is_off_by_default(tiny, pipeline, without_guidance):
+    stages = tiny.stages | {name: without_guidance(tiny.stages[name]) for name in ("base", "superres")}
+    scales = {"guidance_scale": 3.0, "superres_guidance_scale": 2.0}
+    for settings in (scales, dict.fromkeys(scales, 1.0)):
+        call = dict(seed=2, output_type="latent", **settings)
+        ways = [
+            pipe.interpolate(["a red circle", "blue"], 4, "a square" if settings is scales else "", **call)
+            for pipe in (pipeline, MusePipeline(stages, {}, max_batch_size=4))
+        ]
+        np.testing.assert_array_equal(*(way.low_tokens for way in ways))
+        np.testing.assert_array_equal(*(way.tokens for way in ways))
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,26 @@ def test_variations_follow_the_picture(pipe, picture):
     assert (one != pipe.variations(255 - picture, seed=1).tokens).any()
 
 
+def test_guidance_where_it_is_off_by_default(pipe, picture, without_guidance, compiled):
+    plain = PaellaPipeline(pipe.stages | {"base": without_guidance(pipe.stages["base"])}, max_batch_size=4)
+
+    def calls(pipe, scale):
+        made = (
+            pipe([RED] * 4, "a circle" if scale != 1 else "", seed=1, guidance_scale=scale),
+            pipe.interpolate([RED, BLUE], 4, seed=1, guidance_scale=scale),
+            pipe.variations(picture, seed=1, guidance_scale=scale),
+        )
+        return np.stack([x.tokens for x in made])
+
+    off = calls(plain, 1.0)
+    compiled.clear()
+    on = calls(plain, 3.0)
+    assert not compiled
+    assert (on != off).any(axis=(1, 2, 3)).all()
+    np.testing.assert_array_equal(on, calls(pipe, 3.0))
+    np.testing.assert_array_equal(off, calls(pipe, 1.0))
+
+
 def test_new_values_compile_nothing(pipe, picture, compiled):
     def calls(prompt, seed, scale, strength, box):
         pipe([prompt] * 4, seed=seed, guidance_scale=scale, typical_p=scale / 10)

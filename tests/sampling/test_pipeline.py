@@ -116,6 +116,23 @@ def test_other_values_do_not_compile_again(pipeline, compiled):
     assert len(compiled) == 1  # the base model's loop alone; and the count can rise
 
 
+def test_guidance_of_a_stage_that_is_not_meant_to_be_guided_compiles_nothing(tiny, without_guidance, compiled):
+    pipe = MusePipeline(tiny.stages | {"superres": without_guidance(tiny.stages["superres"])}, {}, max_batch_size=4)
+    settings = {"seed": [1, 2, 3, 4], "output_type": "latent"}
+    prompts = ["a red circle"] * 4
+    off = pipe(prompts, "blue", **settings).images
+    compiled.clear()
+    on = pipe(prompts, "blue", superres_guidance_scale=3.0, **settings).images
+    mixed = pipe(prompts, "blue", superres_guidance_scale=[1.0, 3.0, 1.0, 3.0], **settings).images
+    assert compiled == []
+    assert not np.array_equal(on, off)
+    np.testing.assert_array_equal(mixed, [off[0], on[1], off[2], on[3]])
+    # what a stage draws that is meant to be guided, whose program has both halves side by side
+    meant = MusePipeline(tiny.stages, {}, max_batch_size=4)
+    np.testing.assert_array_equal(on, meant(prompts, "blue", superres_guidance_scale=3.0, **settings).images)
+    np.testing.assert_array_equal(off, meant(prompts, "blue", superres_guidance_scale=1.0, **settings).images)
+
+
 def test_guidance_moves_pictures_and_needs_a_scale(pipeline):
     settings = {"seed": [1, 2, 3, 4], "output_type": "latent"}
     prompts = ["a red circle"] * 4
