@@ -1,8 +1,8 @@
 """FLOPs of the networks, counted in their traced forward passes.
 
 2 m n k for a product [m, k] x [k, n] and 2 h w c d k^2 for a convolution of k x k pixels from c to d
-channels with an h x w output; norms, softmax, activations, look-ups, and anything that is computed a
-second time count nothing.
+channels with an h x w output, also where fewer do (`vqgan.upsampled_convolution`); norms, softmax,
+activations, look-ups, and anything that is computed a second time count nothing.
 
 A train step is three forward passes of what is trained (one forward, two backward: by the inputs and
 by the kernels), one of what is only read, and seven of a discriminator (on the reconstruction:
@@ -45,6 +45,8 @@ def _of_jaxpr(jaxpr: Any) -> float:
             kernel = equation.invars[1].aval
             features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * equation.outvars[0].aval.size * kernel.size / features
+        elif params.get("name") == vqgan.upsampled_convolution.__name__:
+            total += 2.0 * equation.outvars[0].aval.size * math.prod(equation.invars[1].aval.shape[:-1])
         else:
             inner = [_of_jaxpr(getattr(x, "jaxpr", x)) for x in jax.tree.leaves(list(params.values())) if _is_jaxpr(x)]
             # Of branches the dearest; everything else is done once, or `length` times by a scan.

@@ -27,6 +27,7 @@ def test_products_and_convolutions_are_counted():
         return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=dimensions)
 
     assert flops.count(jax.jit(convolution), x, kernel) == 2 * (2 * 4 * 4) * 10 * 6 * 9
+    assert flops.count(vqgan.upsampled_convolution, x, kernel) == 2 * (2 * 16 * 16) * 10 * 6 * 9, "as the plain one"
 
 
 def test_a_transformer_is_counted_as_on_paper():

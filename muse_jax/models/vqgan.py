@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -17,9 +18,10 @@ class Conv(nn.Module):
     stride: int = 1
     dtype: jnp.dtype = jnp.float32
     name_of_features: str | None = axes.CHANNELS_OUT  # None: too few to be split
+    upsampled: bool = False  # of the input made twice as large; size 3, stride 1
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h w o"]:
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
         names = (axes.ROWS, axes.COLUMNS, axes.CHANNELS_IN, self.name_of_features)
         return nn.Conv(
             self.features,
@@ -28,8 +30,43 @@ class Conv(nn.Module):
             dtype=self.dtype,
             kernel_init=layers.kernel_init(names, (0, 1, 2)),
             bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (self.name_of_features,)),
+            conv_general_dilated=_upsampled if self.upsampled else None,
             name="conv",
         )(x)
+
+
+def _upsampled(x: Array, kernel: Array, *strides_and_padding: Any, **others: Any) -> Array:
+    return upsampled_convolution(x, kernel)
+
+
+@jax.jit
+def upsampled_convolution(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h2 w2 o"]:
+    """3x3 convolution, padding "SAME", of the input made twice as large by repeating every pixel.
+
+    Of the 3 x 3 pixels that a pixel of the result looks at, those that are copies of one share a product with
+    the sum of their weights: 2 x 2 are left, other sums for even and odd rows and columns. On CPU four such
+    convolutions take about half of the time of the plain one. `flops.count` counts the plain one.
+    """
+    kernels = [_sums_of_neighbours(rows, 1) for rows in _sums_of_neighbours(kernel.astype(jnp.float32), 0)]
+
+    def part(row: int, column: int) -> Float[Array, "b h w o"]:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernels[row][column].astype(kernel.dtype),
+            window_strides=(1, 1),
+            padding=((1 - row, row), (1 - column, column)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    parts = jnp.stack([jnp.stack([part(row, column) for column in range(2)], axis=3) for row in range(2)], axis=2)
+    b, h, _, w, _, o = parts.shape
+    return parts.reshape(b, 2 * h, 2 * w, o)
+
+
+def _sums_of_neighbours(kernel: Float[Array, "*k"], axis: int) -> tuple[Array, Array]:
+    """Three weights of which the last two fall on one pixel, at even places, or the first two, at odd ones."""
+    first, middle, last = jnp.split(kernel, 3, axis)
+    return jnp.concatenate([first, middle + last], axis), jnp.concatenate([first + middle, last], axis)
 
 
 class Norm(nn.Module):
@@ -116,8 +153,7 @@ class Decoder(nn.Module):
                 name = f"level{level}_block{i}"
                 x = ResBlock(channels * multiplier, 3, s.normalization, dtype, name=name)(x)
             if level:
-                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-                x = Conv(x.shape[-1], dtype=dtype, name=f"level{level}_up")(x)
+                x = Conv(x.shape[-1], dtype=dtype, upsampled=True, name=f"level{level}_up")(x)
         x = nn.swish(Norm(s.normalization, name="norm")(x))
         x = Conv(3 * s.stem_patch**2, dtype=dtype, name_of_features=None, name="pixels")(x).astype(jnp.float32)
         return depth_to_space(x, s.stem_patch) if s.stem_patch > 1 else x

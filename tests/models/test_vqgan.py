@@ -92,6 +92,38 @@ def test_a_decoder_of_its_own_size_leaves_the_encoder(images):
     assert two["decoder"]["stem"]["conv"]["kernel"].shape == (3, 3, 4, 32)
 
 
+def repeated_and_convolved(x, kernel):
+    """In NumPy: every pixel four times, then the sum over a 3x3 window with zeros around."""
+    x = np.pad(np.repeat(np.repeat(x, 2, axis=1), 2, axis=2), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
+    return np.einsum("bhwirs,rsio->bhwo", windows, kernel)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 5), (1, 1, 3, 2)])
+def test_upsampling_and_convolution_are_one(shape):
+    rng = np.random.default_rng(2)
+    x, kernel = rng.normal(size=shape).astype(np.float32), rng.normal(size=(3, 3, shape[-1], 7)).astype(np.float32)
+    expected = repeated_and_convolved(x, kernel)
+    np.testing.assert_allclose(vqgan.upsampled_convolution(x, kernel), expected, atol=1e-5)
+    half = vqgan.upsampled_convolution(jnp.bfloat16(x), jnp.bfloat16(kernel))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), expected, atol=0.03 * np.abs(expected).max())
+
+
+def test_gradients_of_upsampling_and_convolution_are_those_of_the_two():
+    rng = np.random.default_rng(3)
+    x, kernel = rng.normal(size=(2, 3, 4, 5)).astype(np.float32), rng.normal(size=(3, 3, 5, 6)).astype(np.float32)
+    cotangent = rng.normal(size=(2, 6, 8, 6)).astype(np.float32)
+
+    def plain(x, kernel):
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    found = jax.vjp(vqgan.upsampled_convolution, x, kernel)[1](cotangent)
+    for one, other in zip(found, jax.vjp(plain, x, kernel)[1](cotangent), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
 def test_gradients_pass_the_quantizer(images):
     params = arbitrary(SMALL)
 
