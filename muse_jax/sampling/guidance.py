@@ -7,7 +7,6 @@ the last ones it does little.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -110,6 +109,7 @@ def guided(predict_both: Predict, timed: bool = False) -> GuidedPredict:
 def optional(
     condition: Callable[..., Any],
     logits: Callable[..., Float[Array, "b n v"]],
+    codebook_size: int,
     branches: tuple[Any, ...],
     guides: Bool[Array, ""] | bool,
     weights: Float[Array, "b"] | None = None,
@@ -122,7 +122,8 @@ def optional(
 
     Args:
       condition: what the model is told in one branch, of that branch's part of `branches`; done once, not each step.
-      logits: of (tokens [b, n], what it is told), and of the step's time if `timed`.
+      logits: of (tokens [b, n], what it is told), and of the step's time if `timed`; float32.
+      codebook_size: their last axis.
       branches: arrays [k, ...] of the prompts, with weights the other prompts, and the negative prompts.
       weights: of the other prompts, 0 to 1; see `between`.
     """
@@ -141,18 +142,21 @@ def optional(
 
     def predict(tokens: Int[Array, "b n"], step: Any) -> Float[Array, "b n v"]:
         scale = jnp.reshape(step.guidance, (-1, 1, 1))
-        of_branch = partial(logits, tokens)
-        time = (step.t,) if timed else ()
 
         def add(i: Any, total: Any) -> Any:
-            own = of_branch(part(told, i), *time)
-            mixed = own if weights is None else total + weights[:, None, None] * (own - total)
+            branch = unguided(lambda tokens, *time: logits(tokens, part(told, i), *time), timed)
+            own = branch(tokens, step)
+            mixed = own if weights is None else mix(total, own, weights)
             return jnp.where(i == 0, own, jnp.where(i < conditional, mixed, guide(total, own, scale)))
 
-        shape = jax.eval_shape(of_branch, part(told, 0), *time)
-        return jax.lax.fori_loop(0, count, add, jnp.zeros(shape.shape, shape.dtype))
+        return jax.lax.fori_loop(0, count, add, jnp.zeros((*tokens.shape, codebook_size)))
 
     return predict
+
+
+def mix(first: Float[Array, "b n v"], second: Float[Array, "b n v"], weights: Float[Array, "b"]) -> Array:
+    """Logits on the way from the first to the second; weights 0 to 1, of the second."""
+    return first + weights[:, None, None] * (second - first)
 
 
 def between(predict_all: Predict, weights: Float[Array, "b"]) -> Predict:
@@ -168,7 +172,6 @@ def between(predict_all: Predict, weights: Float[Array, "b"]) -> Predict:
 
     def predict(tokens: Int[Array, "k n"]) -> Float[Array, "k n v"]:
         logits = predict_all(jnp.concatenate([tokens[:b], tokens]))
-        first, second, rest = logits[:b], logits[b : 2 * b], logits[2 * b :]
-        return jnp.concatenate([first + weights[:, None, None] * (second - first), rest])
+        return jnp.concatenate([mix(logits[:b], logits[b : 2 * b], weights), logits[2 * b :]])
 
     return predict

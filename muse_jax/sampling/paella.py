@@ -19,7 +19,7 @@ from muse_jax.models import predictors
 from muse_jax.sampling import editing, guidance, sampler, schedules, selection
 from muse_jax.sampling.folder import PipelineError
 from muse_jax.sampling.output import OUTPUT_TYPES, MuseOutput
-from muse_jax.sampling.pipeline import PER_PICTURE, MusePipeline, Way, _joined, _padded, _plain, _run
+from muse_jax.sampling.pipeline import PER_PICTURE, MusePipeline, Way, _joined, _padded, _plain, _run, any_guided
 from muse_jax.sampling.requests import Requests, Some, list_of_texts
 
 STRENGTH = 2 / 3  # of structural editing; the paper's code: 24 steps, of which it leaves out the first 8
@@ -285,7 +285,7 @@ class PaellaPipeline(MusePipeline):
             _padded(noised, bucket),
             _padded(np.asarray(requests.seeds[piece], np.uint32), bucket),
             plan,
-            np.any(settings["guidance_scale"] != 1),  # of the whole call, so that its pieces are drawn in one way
+            any_guided(settings),
             spec=dataclasses.replace(spec.model, grid=(rows, columns)),
             guided=self._guided("base"),
             history=history,
@@ -343,7 +343,7 @@ def _renoise(
         predict = guidance.guided(lambda tokens, t: logits(tokens, told, t), timed=True)
     else:
         branches = (*(x.reshape(2, -1, x.shape[-1]) for x in (text_ids, text_mask)), pictures)
-        predict = guidance.optional(condition, logits, branches, guides, timed=True)
+        predict = guidance.optional(condition, logits, spec.codebook_size, branches, guides, timed=True)
     return sampler.decode(predict, start, plan, keys, start, known=known, revisable=True, history=history)
 
 

@@ -396,8 +396,7 @@ class MusePipeline(editing.Editing):
         if unknown:
             words = ", ".join(map(repr, unknown))
             warnings.warn(f"The model has never seen these words and cannot draw them: {words}.", stacklevel=3)
-        scales = [settings["guidance_scale"] for settings in resolved.values()]
-        if any(requests.negative_prompts) and not any(np.any(scale != 1) for scale in scales):
+        if any(requests.negative_prompts) and not any(any_guided(settings) for settings in resolved.values()):
             warnings.warn("negative_prompt has no effect at guidance_scale=1; use a larger one.", stacklevel=3)
 
     def _guided(self, stage: str) -> bool:
@@ -439,8 +438,7 @@ class MusePipeline(editing.Editing):
                 seeds,
                 weights,
                 loop.plan(self._plan(name, own)),
-                # of the whole call, so that its pieces are drawn in one way
-                np.any(resolved[name]["guidance_scale"] != 1),
+                any_guided(resolved[name]),
                 spec=model,
                 rule=loop.rule,
                 stream=STREAMS[name],
@@ -515,7 +513,7 @@ def _fill(
         predict = guidance.guided(both if weights is None else guidance.between(both, weights))
     else:
         told = tuple(x.reshape(-1, len(tokens), x.shape[-1]) for x in (text_ids, text_mask))
-        predict = guidance.optional(condition, logits, told, guides, weights)
+        predict = guidance.optional(condition, logits, spec.codebook_size, told, guides, weights)
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stream))(seeds)
     return sampler.decode(predict, tokens, plan, keys, spec.codebook_size, known=known, select=rule, history=history)
 
@@ -528,6 +526,11 @@ def _encode(params, images, *, spec):
 @partial(jax.jit, static_argnames="spec")
 def _decode(params, tokens, *, spec):
     return vqgan.to_uint8(vqgan.VQGAN(spec).apply({"params": params}, tokens, method="decode_tokens"))
+
+
+def any_guided(settings: Mapping[str, Any]) -> np.bool_:
+    """Whether any picture is guided: told of a whole call's settings, so that all its pieces are drawn in one way."""
+    return np.any(settings["guidance_scale"] != 1)
 
 
 def _padded(values: np.ndarray, size: int) -> np.ndarray:
