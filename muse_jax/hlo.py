@@ -121,11 +121,24 @@ class Module:
         } - {""}
         return frozenset(
             i.name
-            for computation in self.computations.values()
-            if async_phase(computation) != "start"
-            for i in computation.instructions.values()
+            for name in self._fused - self._scattering
+            if async_phase(self.computations[name]) != "start"
+            for i in self.computations[name].instructions.values()
             if channel(i) in started
         )
+
+    @functools.cached_property
+    def _fused(self) -> frozenset[str]:
+        """Names of the computations that are the inside of a fusion."""
+        every = (i for c in self.computations.values() for i in c.instructions.values() if i.opcode == "fusion")
+        return frozenset(i.called["calls"] for i in every)
+
+    @functools.cached_property
+    def _scattering(self) -> frozenset[str]:
+        """Of these the reduce-scatters that are an exchange by themselves, though they may share another's channel."""
+        outside = (c for name, c in self.computations.items() if name not in self._fused)
+        called = {i.called["calls"] for c in outside for i in c.instructions.values() if i.opcode == "fusion"}
+        return frozenset(name for name in called if _scatters(self.computations[name]))
 
 
 def _scatters(computation: Computation) -> bool:

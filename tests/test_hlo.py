@@ -281,3 +281,22 @@ ENTRY %main (x: bf16[64,8]) -> bf16[16,8] {
 """
     found = traffic.collectives(hlo.parse(text))
     assert found == {"reduce-scatter": {"count": 1, "bytes": 64 * 8 * 2 * 3 / 4}}
+
+
+def test_a_reduce_scatter_that_shares_anothers_channel_counts_too():
+    """libtpu gives all exchanges that it leaves synchronous one channel, which one that it spreads may have."""
+    scatter = """
+%all-reduce-scatter.1 (p: f32[8,8]) -> f32[2,8] {
+  %p = f32[8,8]{1,0} parameter(0)
+  %all-reduce.7 = f32[8,8]{1,0} all-reduce(%p), channel_id=5, replica_groups=[1,4]<=[4], to_apply=%add
+  %id = u32[] partition-id()
+  %zero = u32[] constant(0)
+  ROOT %slice = f32[2,8]{1,0} dynamic-slice(%all-reduce.7, %id, %zero), dynamic_slice_sizes={2,8}
+}
+
+ENTRY"""
+    text = SPREAD.replace("\nENTRY", scatter, 1).replace("ROOT %f3", "%f3")
+    last = "  ROOT %f4 = f32[2,8]{1,0} fusion(%f3), kind=kCustom, calls=%all-reduce-scatter.1\n}\n"
+    found = traffic.collectives(hlo.parse(text.rstrip().removesuffix("}") + last))
+    moved = 8 * 8 * 4 * 3 / 4
+    assert found == {"all-gather": {"count": 1, "bytes": moved}, "reduce-scatter": {"count": 1, "bytes": moved}}
