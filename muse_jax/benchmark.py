@@ -1,9 +1,10 @@
 """Times training, decoding and data loading: python -m muse_jax.benchmark [--only=WORDS] [--json].
 
 Each time is held against the rate of a yardstick that is timed right before and right after it, so
-that a machine that is slow or busy just then changes little: a large product of two matrices, or,
-for the tokenizers, a 3x3 convolution. A share of 100% would be a network that does nothing but
-products at the yardstick's speed.
+that a machine that is slow or busy just then changes little: a large product of two matrices in float32,
+or, for the tokenizers, a 3x3 convolution. A stage whose config rounds its products to bfloat16 is held
+against a product that is rounded too. A share of 100% would be a network that does nothing but products
+at the yardstick's speed.
 
 The work that is counted is the networks' own, as muse_jax/flops.py has it: three forward passes for a
 train step, nothing for norms, softmax and activations, nothing for what is computed a second time.
@@ -11,7 +12,7 @@ What the optimizer multiplies, as Muon does, counts apart.
 
     case            what is timed
     train/STAGE     the train step of configs/scenes/STAGE.py: frozen networks, gradients, optimizer
-    train/wide      the same of a masked transformer of 256 tokens, 512 wide, 8 layers, batch 8
+    train/wide      the same of a masked transformer of 256 tokens, 512 wide, 8 layers, batch 8, in float32
     sample/wide     its 18 decoding steps with guidance, batch 1, from text ids to tokens
     decode/STAGE    the decoder of a tokenizer of the scenes
     decode/wide     the decoder of a VQGAN, 64 to 256 channels, f=8, 128x128 pixels, batch 1
@@ -41,7 +42,7 @@ import numpy as np
 from absl import app, flags
 
 from muse_jax import data, flops, quickstart, specs, stages
-from muse_jax.models import muse, vqgan
+from muse_jax.models import layers, muse, vqgan
 from muse_jax.sampling import guidance, sampler
 from muse_jax.tasks.tokens import Tokenizer, TokensTask
 from muse_jax.training import feed, sharding, signals, step
@@ -78,13 +79,13 @@ class Case:
       run: does it once and waits until it is done.
       flops: of the networks, in one run.
       extra_flops: of the optimizer.
-      convolutions: held against convolutions, not products.
+      yardstick: what it is held against, of `yardsticks`.
     """
 
     run: Callable[[], Any]
     flops: float
     extra_flops: float = 0.0
-    convolutions: bool = False
+    yardstick: str = "products"
 
 
 # --------------------------------------------------------------------------------------- timing
@@ -102,7 +103,7 @@ def seconds_of(run: Callable[[], Any], at_least: float) -> float:
 
 
 def yardsticks(side: int) -> dict[str, Case]:
-    """A product of two square matrices, and a convolution of about as much work."""
+    """A product of two square matrices, the same rounded as `layers.product` does, a convolution of about as much work."""
     a, b = jnp.ones((side, side)), jnp.full((side, side), 0.5)
     channels = max(side // 16, 1)
     batch = max(side**3 // (9 * channels**2 * 32**2), 1)
@@ -110,11 +111,18 @@ def yardsticks(side: int) -> dict[str, Case]:
     product = jax.jit(jnp.dot)
 
     @jax.jit
+    def rounded(a: jax.Array, b: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("bfloat16"):
+            return layers.product(a, b)
+
+    @jax.jit
     def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
+    work = flops.count(product, a, b)
     return {
-        "products": Case(lambda: product(a, b).block_until_ready(), flops.count(product, a, b)),
+        "products": Case(lambda: product(a, b).block_until_ready(), work),
+        "rounded products": Case(lambda: rounded(a, b).block_until_ready(), work),
         "convolutions": Case(lambda: convolution(x, kernel).block_until_ready(), flops.count(convolution, x, kernel)),
     }
 
@@ -235,7 +243,7 @@ def wide_spec(effort: Effort) -> specs.Spec:
         unroll=1,
     )
     optimizer = specs.OptimizerSpec(name="adamw", learning_rate=1e-4, clip_norm=1.0)
-    train = dataclasses.replace(base.train, batch_size=8)
+    train = dataclasses.replace(base.train, batch_size=8, matmul_precision="float32")
     task = dataclasses.replace(base.task, codebook_init=False)  # no tokenizer goes with it
     return dataclasses.replace(base, task=task, model=model, optimizer=optimizer, train=train)
 
@@ -268,7 +276,9 @@ def train_case(name: str, effort: Effort) -> Case:
         earlier = [spec.task.tokenizer, spec.task.low_tokenizer] if isinstance(spec.task, specs.TokensTaskSpec) else []
         tokenizers = {path: stage_spec(path, effort.variant).model for path in earlier if path}
         work = flops.train(spec, tokenizers)
-    return Case(training.run, work, training.optimizer_flops(), isinstance(spec.model, specs.VQGANSpec))
+    products = "rounded products" if spec.train.matmul_precision == "bfloat16" else "products"
+    yardstick = "convolutions" if isinstance(spec.model, specs.VQGANSpec) else products
+    return Case(training.run, work, training.optimizer_flops(), yardstick)
 
 
 def sample_case(name: str, effort: Effort) -> Case:
@@ -320,7 +330,7 @@ def decode_case(name: str, effort: Effort) -> Case:
     decode = functools.partial(network.apply, method="decode_tokens")
     compiled = jax.jit(decode)
     return Case(
-        lambda: compiled(variables, ids).block_until_ready(), flops.count(decode, variables, ids), convolutions=True
+        lambda: compiled(variables, ids).block_until_ready(), flops.count(decode, variables, ids), yardstick="convolutions"
     )
 
 
@@ -384,10 +394,11 @@ def benchmark(names: Sequence[str], effort: Effort, say: Callable[[str], None] =
     machine = {"device": device.device_kind, "devices": jax.device_count(), "jax": jax.__version__}
     for name, stick in sticks.items():
         stick.run()
-        machine[f"{name}_gflops"] = stick.flops / seconds_of(stick.run, effort.seconds) / 1e9
+        machine[f"{name.replace(' ', '_')}_gflops"] = stick.flops / seconds_of(stick.run, effort.seconds) / 1e9
     say(
-        f"{device.device_kind} x {jax.device_count()}, jax {jax.__version__}: products "
-        f"{machine['products_gflops']:.0f} GFLOP/s, convolutions {machine['convolutions_gflops']:.0f} GFLOP/s, float32"
+        f"{device.device_kind} x {jax.device_count()}, jax {jax.__version__}: float32: products "
+        f"{machine['products_gflops']:.0f} GFLOP/s, convolutions {machine['convolutions_gflops']:.0f}; factors rounded to "
+        f"bfloat16: {machine['rounded_products_gflops']:.0f}"
     )
     say(f"{'case':22}{'ms':>10}{'GFLOP/s':>10}   share")
     cases: dict[str, dict[str, float]] = {}
@@ -398,12 +409,11 @@ def benchmark(names: Sequence[str], effort: Effort, say: Callable[[str], None] =
             say(f"{full:22}{1e3 * found['seconds']:10.1f}{'':10}   {found['ratio']:.2f} times a step in memory")
             continue
         case = KINDS[kind](name, effort)
-        stick = "convolutions" if case.convolutions else "products"
-        cases[full] = found = measure(case, sticks[stick], effort) | {"flops": case.flops}
+        cases[full] = found = measure(case, sticks[case.yardstick], effort) | {"flops": case.flops}
         extra = found.get("share_with_optimizer", 0)
         also = f" ({extra:.0%} with the optimizer's)" if extra - found["share"] > 0.005 else ""
         say(
-            f"{full:22}{1e3 * found['seconds']:10.1f}{found['gflops']:10.0f}   {found['share']:.0%} of {stick}"
+            f"{full:22}{1e3 * found['seconds']:10.1f}{found['gflops']:10.0f}   {found['share']:.0%} of {case.yardstick}"
             f" [{found['share_lowest']:.0%}, {found['share_highest']:.0%}]{also}"
         )
     return {"machine": machine, "cases": cases}

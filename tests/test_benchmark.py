@@ -99,6 +99,14 @@ def test_a_share_is_of_the_yardsticks_rate():
     assert found["share_lowest"] <= found["share"] <= found["share_highest"]
 
 
+def test_a_case_is_held_against_products_of_its_own_precision():
+    effort = benchmark.QUICK
+    assert benchmark.train_case("wide", effort).yardstick == "products"
+    assert benchmark.wide_spec(effort).train.matmul_precision == "float32"
+    assert benchmark.train_case("base", effort).yardstick == "rounded products"
+    assert benchmark.train_case("tokenizer_high", effort).yardstick == "convolutions"
+
+
 def test_the_command(one_device):
     command = [
         sys.executable,
