@@ -103,7 +103,7 @@ class Logs:
         self._workdir = epath.Path(workdir)
         self._start, self._steps, self._show = start, steps, bar
         try:
-            _drop_later_lines(self._workdir / METRICS, start)
+            _drop_later_lines(self._workdir / METRICS, start, start == steps)
         except OSError as error:  # the record may hold steps twice then, which is better than to lose it
             logging.warning("%s can't be tidied and is only added to: %s", METRICS, error)
         self._lines = Sink(METRICS, lambda: _JsonLines(self._workdir / METRICS))
@@ -219,14 +219,20 @@ def _read_lines(path: epath.Path) -> list[dict[str, Any]]:
     return found
 
 
-def _drop_later_lines(path: epath.Path, start: int) -> None:
+def _drop_later_lines(path: epath.Path, start: int, at_the_end: bool) -> None:
     """Leaves the lines up to step `start`: those after it will be written again.
 
-    Also drops the mark of a finished run, which is now to go on for longer.
+    Also drops the mark of a finished run, which is now to go on for longer, and of one that was stopped
+    `at_the_end` the evaluation, which is made again.
     """
     if not path.exists():
         return
-    kept = [line for line in _read_lines(path) if line["step"] <= start and not line.get(FINISHED)]
+
+    def again(line: Mapping[str, Any]) -> bool:
+        evaluated = any(name.startswith("eval/") for name in line)
+        return line["step"] > start or line.get(FINISHED) or (at_the_end and line["step"] == start and evaluated)
+
+    kept = [line for line in _read_lines(path) if not again(line)]
     draft = path.parent / f".{path.name}.draft"
     draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
     draft.replace(path)

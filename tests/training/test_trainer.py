@@ -111,6 +111,17 @@ def test_a_finished_run_with_other_weights_is_refused_and_keeps_its_config(tmp_p
 
 
 # Orbax leaves coroutines behind where a read failed.
+def test_a_run_killed_right_behind_its_last_evaluation_has_one_of_it(tmp_path):
+    run = toys.spec()
+    toys.train(run, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert '"finished"' in lines[-1]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]))
+    toys.train(run, tmp_path)
+    found = [line for line in logs.read_metrics(tmp_path) if any(name.startswith("eval/") for name in line)]
+    assert [line["step"] for line in found] == [run.train.steps]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 def test_a_finished_run_that_was_damaged_is_mended(tmp_path):
     run = toys.spec()
