@@ -103,7 +103,7 @@ def seconds_of(run: Callable[[], Any], at_least: float) -> float:
 
 
 def yardsticks(side: int) -> dict[str, Case]:
-    """A product of two square matrices, the same rounded as `layers.product` does, a convolution of about as much work."""
+    """A product of square matrices, the same rounded as `layers.product` does, a convolution of about as much work."""
     a, b = jnp.ones((side, side)), jnp.full((side, side), 0.5)
     channels = max(side // 16, 1)
     batch = max(side**3 // (9 * channels**2 * 32**2), 1)
@@ -329,9 +329,8 @@ def decode_case(name: str, effort: Effort) -> Case:
     variables = jax.device_put(arbitrary(sharding.unbox(jax.eval_shape(network.init, jax.random.key(0), image))))
     decode = functools.partial(network.apply, method="decode_tokens")
     compiled = jax.jit(decode)
-    return Case(
-        lambda: compiled(variables, ids).block_until_ready(), flops.count(decode, variables, ids), yardstick="convolutions"
-    )
+    work = flops.count(decode, variables, ids)
+    return Case(lambda: compiled(variables, ids).block_until_ready(), work, yardstick="convolutions")
 
 
 def load_ratio(name: str, effort: Effort) -> dict[str, float]:
@@ -397,8 +396,8 @@ def benchmark(names: Sequence[str], effort: Effort, say: Callable[[str], None] =
         machine[f"{name.replace(' ', '_')}_gflops"] = stick.flops / seconds_of(stick.run, effort.seconds) / 1e9
     say(
         f"{device.device_kind} x {jax.device_count()}, jax {jax.__version__}: float32: products "
-        f"{machine['products_gflops']:.0f} GFLOP/s, convolutions {machine['convolutions_gflops']:.0f}; factors rounded to "
-        f"bfloat16: {machine['rounded_products_gflops']:.0f}"
+        f"{machine['products_gflops']:.0f} GFLOP/s, convolutions {machine['convolutions_gflops']:.0f}; "
+        f"rounded to bfloat16: products {machine['rounded_products_gflops']:.0f} GFLOP/s"
     )
     say(f"{'case':22}{'ms':>10}{'GFLOP/s':>10}   share")
     cases: dict[str, dict[str, float]] = {}
