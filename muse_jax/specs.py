@@ -210,6 +210,7 @@ RULES: Mapping[str, Any] = {
     "tokens": None,
     "text": None,
     "embed": "fsdp",
+    "norm": None,  # scales are whole everywhere: what their few bytes would save is less than the wait for them
     "mlp": "tensor",
     "heads": "tensor",
     "head_dim": None,

@@ -9,6 +9,7 @@ RESIDUAL = "residual"  # examples between the products of a T5; where there is n
 TOKENS = "tokens"  # image tokens of an example
 TEXT = "text"  # text positions of an example
 EMBED = "embed"  # transformer width
+NORM = "norm"  # scale of a norm
 MLP = "mlp"  # hidden width of an MLP
 HEADS = "heads"
 HEAD_DIM = "head_dim"

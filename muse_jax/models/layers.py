@@ -73,6 +73,11 @@ def _in_rows(x: Any) -> Any:
     return layout.with_layout_constraint(x, layout.Layout((0, 1)))
 
 
+def on_many_devices() -> bool:
+    """Whether what is traced is split over devices."""
+    return bool(nn.get_logical_axis_rules()) and jax.sharding.get_abstract_mesh().size > 1
+
+
 def gathered(kernel: Any, names: Sequence[str | None], dtype: Any) -> Any:
     """The kernel in `dtype`, whole along the mesh axes that split the batch, as it is multiplied.
 
@@ -85,8 +90,7 @@ def gathered(kernel: Any, names: Sequence[str | None], dtype: Any) -> Any:
       names: the logical axes of the kernel.
     """
     kernel = kernel.astype(dtype)
-    rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
-    if not rules or mesh.size == 1:
+    if not on_many_devices():
         return kernel
     stored = nn.logical_to_mesh_axes(names)
     batch = _mesh_axes(nn.logical_to_mesh_axes((axes.BATCH,))[0])
@@ -124,8 +128,47 @@ def _gather_backward(stored: PartitionSpec, whole: PartitionSpec, _: None, cotan
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
+@jax.custom_vjp
+def awaited(x: Float[Array, "*b i"]) -> tuple[Float[Array, "*b i"], Float[Array, ""]]:
+    """`x` as it is, and a token for `Dense`: backward, nothing is done before `x` until these kernels' gradients are
+    where they are stored.
+
+    XLA's scheduler leaves all gradients of kernels, and so their exchange between chips, to the end of a layer's
+    backward pass, where little is left to compute meanwhile.
+    """
+    return x, jnp.zeros(())
+
+
+def _awaited_forward(x: Any) -> tuple[Any, None]:
+    return awaited(x), None
+
+
+def _awaited_backward(_: None, cotangents: Any) -> tuple[Any]:
+    x, zero = jax.lax.optimization_barrier(cotangents)
+    return (x + zero.astype(x.dtype),)  # or XLA would drop it from the barrier
+
+
+awaited.defvjp(_awaited_forward, _awaited_backward)
+
+
+@jax.custom_vjp
+def _awaiting(kernel: Any, token: Any) -> Any:
+    return kernel
+
+
+def _awaiting_forward(kernel: Any, token: Any) -> tuple[Any, Any]:
+    return kernel, token
+
+
+def _awaiting_backward(token: Any, cotangent: Any) -> tuple[Any, Any]:
+    return jax.lax.optimization_barrier((cotangent, token))
+
+
+_awaiting.defvjp(_awaiting_forward, _awaiting_backward)
+
+
 class Dense(nn.Module):
-    """``x @ kernel`` over the last axis; no bias unless asked for."""
+    """``x @ kernel`` over the last axis; no bias unless asked for. For the token see `awaited`."""
 
     features: int
     names: tuple[str, str]
@@ -134,8 +177,9 @@ class Dense(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    def __call__(self, x: Float[Array, "*b i"], token: Float[Array, ""] | None = None) -> Float[Array, "*b o"]:
         kernel = self.param("kernel", kernel_init(self.names, (0,), self.scale), (x.shape[-1], self.features))
+        kernel = kernel if token is None else _awaiting(kernel, token)
         y = product(x.astype(self.dtype), gathered(kernel, self.names, self.dtype))
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.names[1:])
@@ -146,12 +190,11 @@ class Dense(nn.Module):
 class RMSNorm(nn.Module):
     """Root mean square norm over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
 
-    name_of_axis: str = axes.EMBED
     epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.name_of_axis,))
+        init = nn.with_logical_partitioning(nn.initializers.ones, (axes.NORM,))
         scale = self.param("scale", init, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
@@ -327,7 +370,7 @@ class SelfAttention(nn.Module):
             for name in ("query", "key", "value")
         )
         if self.qk_norm:
-            q, k = (RMSNorm(axes.HEAD_DIM, name=f"{n}_norm")(y) for n, y in (("query", q), ("key", k)))
+            q, k = (RMSNorm(name=f"{n}_norm")(y) for n, y in (("query", q), ("key", k)))
         if self.block is None:
             bias = self._bias(x.shape[1]) if self.relative else None
             out = attend(q, k, v, bias=bias, implementation=self.implementation)
@@ -375,7 +418,7 @@ class CrossAttention(nn.Module):
     ) -> Float[Array, "b n i"]:
         q = HeadProjection(self.heads, x.shape[-1] // self.heads, self.dtype, name="query")(x)
         if self.qk_norm:
-            q = RMSNorm(axes.HEAD_DIM, name="query_norm")(q)
+            q = RMSNorm(name="query_norm")(q)
         bias = None
         if self.grids is not None:
             bias = RelativeBias(self.heads, *self.grids, name="bias")()
@@ -385,14 +428,14 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers with GELU between."""
+    """Two dense layers with GELU between. For the token see `awaited`."""
 
     width: int
     out_scale: float = 1.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b i"]:
-        hidden = Dense(self.width, (axes.EMBED, axes.MLP), dtype=self.dtype, name="in")(x)
-        hidden = nn.gelu(hidden)
-        return Dense(x.shape[-1], (axes.MLP, axes.EMBED), scale=self.out_scale, dtype=self.dtype, name="out")(hidden)
+    def __call__(self, x: Float[Array, "*b i"], token: Float[Array, ""] | None = None) -> Float[Array, "*b i"]:
+        hidden = nn.gelu(Dense(self.width, (axes.EMBED, axes.MLP), dtype=self.dtype, name="in")(x, token))
+        out = Dense(x.shape[-1], (axes.MLP, axes.EMBED), scale=self.out_scale, dtype=self.dtype, name="out")
+        return out(hidden, token)

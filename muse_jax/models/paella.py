@@ -148,7 +148,7 @@ class TextAttention(nn.Module):
     ) -> Float[Array, "b n c"]:
         b, n, width = x.shape
         query = layers.HeadProjection(self.heads, width // self.heads, self.dtype, name="query")(x)
-        query = layers.RMSNorm(axes.HEAD_DIM, name="query_norm")(query)
+        query = layers.RMSNorm(name="query_norm")(query)
         query = jnp.broadcast_to(query[:, None], (b, memory.mask.shape[1], *query.shape[1:]))
         seen = layers.attend(query, *memory).reshape(b, -1, n, width)
         seen = blended(seen, shares).reshape(b, n, self.heads, -1)

@@ -112,8 +112,8 @@ class _Attention(nn.Module):
         key = project("key", init)
         value = project("value", init)
         if self.qk_norm:
-            query = layers.RMSNorm(axes.HEAD_DIM, name="query_norm")(query) * self.head_dim**-0.5
-            key = layers.RMSNorm(axes.HEAD_DIM, name="key_norm")(key)
+            query = layers.RMSNorm(name="query_norm")(query) * self.head_dim**-0.5
+            key = layers.RMSNorm(name="key_norm")(key)
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(self.dtype)
         weights = nn.Dropout(self.dropout, broadcast_dims=(-2,))(weights, deterministic=self.deterministic)

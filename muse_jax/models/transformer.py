@@ -45,7 +45,7 @@ class MemoryProjection(nn.Module):
             projected.append(jnp.einsum("bmi,lihd->lbmhd", x.astype(self.dtype), kernel))
         keys, values = projected
         if self.qk_norm:
-            keys = layers.RMSNorm(axes.HEAD_DIM, name="key_norm")(keys)
+            keys = layers.RMSNorm(name="key_norm")(keys)
         return Memory(keys, values, mask)
 
 
@@ -79,12 +79,15 @@ class Layer(nn.Module):
         how = (scale, self.implementation, self.dtype)
         attention = layers.SelfAttention(self.heads, *places, self.qk_norm, self.relative, *how, name="self_attention")
         x = x + residual(attention(layers.RMSNorm(name="self_norm")(x)))
+        token = None
+        if self.cross and layers.on_many_devices():
+            x, token = layers.awaited(x)
         if self.cross:
             grids = (self.grid, self.memory_grid) if self.relative and self.memory_grid else None
             attention = layers.CrossAttention(self.heads, self.qk_norm, grids, *how, name="cross_attention")
             x = x + residual(attention(layers.RMSNorm(name="cross_norm")(x), keys, values, mask))
         mlp = layers.MLP(self.mlp_width, scale, self.dtype, name="mlp")
-        return x + residual(mlp(layers.RMSNorm(name="mlp_norm")(x))), None
+        return x + residual(mlp(layers.RMSNorm(name="mlp_norm")(x), token)), None
 
 
 class Stack(nn.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from muse_jax import specs
-from muse_jax.models import axes, layers, t5
+from muse_jax.models import axes, layers, t5, transformer
 from muse_jax.training import sharding
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 16)), jnp.float32)
@@ -39,6 +39,30 @@ def test_gradients_are_those_of_one_device():
 def test_on_one_device_nothing_is_said_about_layout():
     params = sharding.unbox(DENSE.init(jax.random.key(0), X)["params"])
     assert "sharding_constraint" not in lowered(specs.MeshSpec(1, 1, 1), params).as_text()
+
+
+def test_what_is_awaited_changes_no_gradient_and_orders_the_backward_pass():
+    """On a mesh a layer's attention waits, backward, for the gradients of its MLP's kernels."""
+    layer = transformer.Layer(heads=2, mlp_width=32, depth=1, cross=True, dtype=jnp.dtype("float32"))
+    keys, mask = jnp.ones((8, 5, 2, 8)), jnp.ones((8, 5), bool)
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(layer.apply({"params": params}, x, keys, keys, mask, True)[0]))
+
+    boxes = layer.init(jax.random.key(0), X, keys, keys, mask, True)["params"]
+    params = sharding.unbox(boxes)
+    gradients = jax.jit(jax.grad(loss, (0, 1)))
+    assert "optimization_barrier" not in gradients.lower(params, X).as_text(), "one device has nothing to wait for"
+    mesh = sharding.make_mesh(specs.MeshSpec(data=2, fsdp=4))
+    placed = jax.device_put(params, sharding.shardings(params, sharding.param_specs(boxes, specs.RULES, mesh), mesh))
+    with sharding.layout(mesh, specs.RULES):
+        program = jax.jit(jax.grad(loss, (0, 1))).lower(placed, X)
+    assert program.as_text().count("optimization_barrier") == 3, "two kernels, and what comes before the MLP"
+    jax.tree.map(
+        lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5),
+        program.compile()(placed, X),
+        gradients(params, X),
+    )
 
 
 @pytest.mark.parametrize("own", [{}, {"residual": ("fsdp", "data")}, {"residual": ("fsdp", "data"), "heads": None}])
