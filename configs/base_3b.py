@@ -113,8 +113,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         # v4:4x8x8 0.087 s a step of "precomputed", 26% of it waiting for others (before `layers.awaited` 0.094 and 31%;
         # with the first five alone 0.103 and 48%, with none 0.122). Tried beside them: up to 4 gathers at a time, other
         # shares of the v4's common memory (8 MiB for scatters compile without end; with 24 and more scatters become
-        # synchronous), other schedulers and estimates of how long products take, all-reduces too, gathers a layer ahead,
-        # two and three layers a loop: more waiting, or no difference.
+        # synchronous), other schedulers and estimates of how long products take, all-reduces too, gathers a layer
+        # ahead, two and three layers a loop: more waiting, or no difference.
         tpu_options={
             "xla_enable_async_all_gather": True,  # a gather has a start and an end, and other work between them
             "xla_tpu_enable_async_collective_fusion": True,  # that work sends and receives too
