@@ -8,12 +8,13 @@ what was given, what was expected and what to do. The rest of the code reads spe
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import math
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -298,12 +299,27 @@ class TrainSpec:
     eval_every: int = 0  # 0: at the end only
     eval_batches: int = 4
     sample_every: int = 0  # previews of fixed prompts; 0: at the end only
+    # Batches (from, up to and without) that no step sees; those after them move up. For data at which the loss leaps.
+    skip_batches: tuple[tuple[int, int], ...] = ()
     stop_after_nonfinite: int = 10  # such steps in a row that end the run
     compare_every: int = 1000  # steps; whether replicas are the same bits; 0: with each checkpoint only
+    replay_every: int = 0  # steps; one is made twice, and has to give the same bits; 0: none is
     donate: bool = True  # the new state takes the old one's memory; False keeps both
     matmul_precision: str = ""  # jax's default_matmul_precision for the step; layers.product knows "bfloat16" on CPUs
     # XLA's, for compiling the step for TPUs; those of one kind of TPU alone stand under its `Device.device_kind`.
     tpu_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def batch_of(step: int, skipped: Iterable[Sequence[int]]) -> int:
+    """The number of the batch that a step sees: the step's own, or a later one where some before it are skipped.
+
+    >>> [batch_of(step, [(1, 3), (4, 5)]) for step in range(4)]
+    [0, 3, 5, 6]
+    """
+    batch = step
+    for first, after in sorted(skipped):
+        batch += after - first if first <= batch else 0
+    return batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -572,11 +588,21 @@ def _check_options(options: Mapping[str, Any]) -> None:
             )
 
 
+def _check_skipped(skipped: Sequence[Sequence[int]]) -> None:
+    ends = [end for first_and_after in sorted(skipped) for end in first_and_after]
+    if ends and (ends[0] < 0 or any(a >= b for a, b in itertools.pairwise(ends))):
+        raise SpecError(
+            f"train.skip_batches is {tuple(skipped)!r}; expected pairs (first, after), each first below its after, "
+            "that don't touch, such as ((1000, 1200),)."
+        )
+
+
 def _check_numbers(spec: Spec) -> None:
     """Those with which a run would fail late, or train nonsense in silence."""
     _positive(spec.train, ("steps", "batch_size", "log_every"), "train")
-    _not_negative(spec.train, ("eval_every", "eval_batches", "sample_every", "compare_every"), "train")
+    _not_negative(spec.train, ("eval_every", "eval_batches", "sample_every", "compare_every", "replay_every"), "train")
     _check_options(spec.train.tpu_options)
+    _check_skipped(spec.train.skip_batches)
     _positive(spec.checkpoint, ("every_steps", "keep"), "checkpoint")
     _not_negative(spec.deadlines, [field.name for field in dataclasses.fields(spec.deadlines)], "deadlines")
     _positive(spec.deadlines, ("heartbeat",), "deadlines")

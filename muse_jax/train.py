@@ -102,6 +102,7 @@ def _prepare(spec: specs.Spec) -> dict[str, Any]:
             start_step=start,
             process_index=part,
             process_count=parts,
+            skip_batches=spec.train.skip_batches if split == "train" else (),
             source=source if split == "train" else held_out,
         )
 

@@ -165,6 +165,8 @@ ADVERSARIAL = _changed(TOKENIZER, "task.adversarial", 0.1)
         (BASE, "model.attention", "flash", ["model.attention", "'cudnn'"]),
         (BASE, "model.attention", "cudnn", ["model.attention", "16 bits", "'float32'"]),
         (BASE, "optimizer.gradient_dtype", "float16", ["optimizer.gradient_dtype", "'bfloat16'"]),
+        (BASE, "train.skip_batches", ((5, 3),), ["train.skip_batches", "(first, after)"]),
+        (BASE, "train.skip_batches", ((1, 4), (3, 6)), ["train.skip_batches", "don't touch"]),
         (BASE, "train.matmul_precision", "float16", ["train.matmul_precision", "'bfloat16'"]),
         (BASE, "profile", {"num_steps": -1}, ["profile.num_steps", "at least 0"]),
         (BASE, "model.heads", 3, ["model.width 32", "model.heads 3"]),

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags, logging
 
 from muse_jax.data import processes
-from muse_jax.specs import DataSpec
+from muse_jax.specs import DataSpec, batch_of
 from muse_jax.text.vocabulary import Vocabulary
 
 _STEPS = 2**40  # Grain wants an end; no run gets there
@@ -85,6 +85,7 @@ class Batches:
         split: str = "train",
         process_index: int = 0,
         process_count: int = 1,
+        skip_batches: Sequence[Sequence[int]] = (),
     ):
         if batch_size % process_count or not 0 <= process_index < process_count:
             raise ValueError(
@@ -93,6 +94,7 @@ class Batches:
             )
         self._source = source
         self._batch_size = batch_size
+        self._skipped = tuple(skip_batches)
         self._rows = batch_size // process_count
         self._first_row = self._rows * process_index
         self._vocabulary = vocabulary
@@ -110,7 +112,7 @@ class Batches:
         An id is ``epoch * len(source) + index``: ids of one batch differ also where the source is smaller
         than the batch, and the id modulo the source's length leads back to the example.
         """
-        start = step * self._batch_size + self._first_row
+        start = batch_of(step, self._skipped) * self._batch_size + self._first_row
         return [self._order.id(position) for position in range(start, start + self._rows)]
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
@@ -237,6 +239,7 @@ def make_loader(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    skip_batches: Sequence[Sequence[int]] = (),
     source: Any = None,
 ) -> Loader:
     """The loader that the data section of a config describes.
@@ -249,6 +252,7 @@ def make_loader(
       split: "train" or "eval".
       start_step: the first batch's number; a loader started there goes on as one started at 0.
       process_index, process_count: of this process.
+      skip_batches: train.skip_batches of a config.
       source: one already made; by default `make_source(spec, split)`.
 
     Returns:
@@ -280,5 +284,6 @@ def make_loader(
         split=split,
         process_index=process_index,
         process_count=process_count,
+        skip_batches=skip_batches,
     )
     return Loader(batches, start_step=start_step, prefetch=spec.prefetch, workers=spec.workers)

@@ -51,6 +51,25 @@ def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
     return {name: int(prints.flat[0]) for name, prints in found.items()}
 
 
+def check_same(leaves: Mapping[str, jax.Array], others: Mapping[str, jax.Array], step: int) -> None:
+    """Raises ReplicaError, naming leaves, if a step that was made twice gave different bits.
+
+    Args:
+      leaves, others: what it gave, and what it gave the other time.
+      step: that was made.
+    """
+    found, expected = fingerprints(leaves), fingerprints(others)
+    wrong = [name for name, value in found.items() if value != expected[name]]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ReplicaError(
+            f"step {step}, made twice from the same state and batch, gave different bits in {', '.join(wrong[:5])}"
+            f"{more}, of {len(found)} leaves. A device computes wrongly, or the program isn't deterministic (on GPUs "
+            "XLA_FLAGS=--xla_gpu_deterministic_ops=true makes it so; train.replay_every=0 makes no step twice). Start "
+            "again from the newest checkpoint, on other devices if it recurs."
+        )
+
+
 def check_bytes(items: Items, expected: Items, mesh: Mesh, even: float) -> None:
     """Raises SpecError, naming leaves, where parameters or optimizer take too much of a device's memory.
 

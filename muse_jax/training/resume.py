@@ -1,12 +1,14 @@
 """Whether a run may go on in a workdir: the lock, and what a config may change.
 
-Keys of a config are of three kinds:
+Keys of a config are of four kinds:
 
   identity: what is trained, on what, how. A change is refused.
   length: `train.steps`. More steps are allowed; the schedule then stretches from here on, so the
     result isn't that of a run that was started with as many (unless all schedules are constant), and a
     warning says so. Fewer are refused, as the learning rates so far were those of the longer run;
     with constant schedules alone they are allowed, down to the steps done.
+  skipped batches: `train.skip_batches` may change where no step has come yet, so that a run goes on from before
+    a leap of its loss without the data that brought it.
   free: where things lie, how often something is logged, evaluated, saved or drawn, the mesh and what
     else changes where numbers are computed but not which. Paths of data, tokenizers and weights are
     free because their contents are compared instead: fingerprints of the data and of every frozen
@@ -23,6 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
+
+from muse_jax.specs import batch_of
 
 FREE = (
     "mesh",
@@ -45,6 +49,7 @@ FREE = (
     "train.sample_every",
     "train.stop_after_nonfinite",
     "train.compare_every",
+    "train.replay_every",
     "train.donate",
     "train.tpu_options",
 )
@@ -58,6 +63,7 @@ PATHS = (  # free, since what lies there is compared
     "model.text.weights",
 )
 LENGTH = "train.steps"
+SKIPPED = "train.skip_batches"
 
 
 class ResumeError(ValueError):
@@ -112,6 +118,8 @@ def check_config(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> N
     """Raises ResumeError, naming the keys, if `new` would not go on with what `old` has trained for `step` steps."""
     changes = {key: change for key, change in _changes(old, new).items() if not _among(key, (*FREE, *PATHS))}
     length = changes.pop(LENGTH, None)
+    if SKIPPED in changes and _same_batches(*changes[SKIPPED], step):
+        del changes[SKIPPED]
     if changes:
         lines = "; ".join(f"{key} was {before!r} and is now {after!r}" for key, (before, after) in changes.items())
         raise ResumeError(
@@ -133,6 +141,18 @@ def check_config(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> N
             "train.steps was %d and is now %d: from step %d on the learning rate follows the longer schedule. "
             "The result is not that of a run with %d steps from the start.", before, after, step, after
         )  # fmt: skip
+
+
+def _same_batches(old: Any, new: Any, step: int) -> bool:
+    """Whether the steps so far saw the same batches with either list of skipped ones."""
+    if step == 0:
+        return True
+
+    def before_the_last(skipped: Any) -> list[tuple[int, int]]:
+        last = batch_of(step - 1, skipped or ())
+        return [(first, after) for first, after in sorted(skipped or ()) if first <= last]
+
+    return before_the_last(old) == before_the_last(new)
 
 
 def check_fingerprints(what: str, old: Any, new: Any, hint: str) -> None:

@@ -320,7 +320,11 @@ class _Run:
         if batch is None:
             self._stop_if_asked()
         arrays, ids = batch
+        every = self.spec.train.replay_every
+        kept = steps.copied(self.state) if every and (self.step + 1) % every == 0 else None
         self.state, metrics = self.train_step(self.state, self.frozen, arrays)
+        if kept is not None:
+            self._replay(kept, arrays)
         before, self.pending = self.pending, (self.step + 1, metrics, ids)
         self._read(before)
         self.step += 1
@@ -434,6 +438,13 @@ class _Run:
             with self._during("save"):
                 for leaves in steps.checkpoint_items(self.state).values():
                     replicas.fingerprints(leaves)
+
+    def _replay(self, before: steps.State, arrays: Any) -> None:
+        """Makes the step from `before` once more, which finds what a chip computed wrongly without a copy of it."""
+        with self._during("save"):
+            again, _ = self.train_step(before, self.frozen, arrays)
+            for item, leaves in steps.checkpoint_items(again).items():
+                replicas.check_same(leaves, steps.checkpoint_items(self.state)[item], self.step + 1)
 
     def _evaluate(self) -> None:
         """Metrics on the held-out batches, with the EMA if there is one."""

@@ -1,5 +1,7 @@
 """Bits that differ between devices are found, wherever they lie; so are leaves that nobody split."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +82,37 @@ def test_a_run_stops_and_saves_nothing_once_a_bit_has_flipped(tmp_path, monkeypa
     with pytest.raises(replicas.ReplicaError, match="head/kernel on .*device 3"):
         toys.train(run, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize("mesh", [specs.MeshSpec(1, 1, 1), specs.MeshSpec(1, 8, 1)])
+def test_a_step_that_is_made_twice_shows_what_was_computed_wrongly(tmp_path, monkeypatch, mesh):
+    """Also where no device has a copy of what another has."""
+    run = toys.spec(**{"train.batch_size": 8, "mesh": mesh, "train.replay_every": 2})
+    compiled, calls = steps.Program.compile_train, []
+
+    def wrong_once(program, batch):
+        step = compiled(program, batch)
+
+        def made(state, frozen, batch):
+            calls.append(None)
+            state, metrics = step(state, frozen, batch)
+            if len(calls) != 5:  # steps 1, 2, 2 again, 3, and the one that goes wrong
+                return state, metrics
+            params = dict(state.params)
+            params["head"] = {"kernel": flipped(params["head"]["kernel"], mesh_devices[-1], 0, 2)}
+            return state._replace(params=params), metrics
+
+        mesh_devices = program.mesh.devices.flat
+        return made
+
+    whole = toys.train(
+        dataclasses.replace(run, train=dataclasses.replace(run.train, replay_every=0)), tmp_path / "whole"
+    )
+    assert toys.train(run, tmp_path / "replayed").metrics["loss"] == whole.metrics["loss"], "which changes nothing"
+    monkeypatch.setattr(steps.Program, "compile_train", wrong_once)
+    with pytest.raises(replicas.ReplicaError, match="step 4, made twice .* different bits in head/kernel"):
+        toys.train(run, tmp_path / "wrong")
+    assert [p.name for p in (tmp_path / "wrong" / "checkpoints").iterdir()] == ["3"]
 
 
 def test_rules_that_split_too_little_stop_the_run_and_the_leaves_are_named(tmp_path):

@@ -345,8 +345,8 @@ def mutations():
     """Every key of a config changed in turn, and whether the run may go on with it."""
     free = ("mesh.", "checkpoint.", "sample.", "data.workers", "data.prefetch", "data.path", "data.eval_split",
             "task.init_from", "task.perceptual_weights", "train.log_every", "train.eval_every", "train.eval_batches",
-            "train.sample_every", "train.stop_after_nonfinite", "train.compare_every", "train.donate",
-            "train.tpu_options", "rules.", "deadlines.", "frozen_rules", "profile.")  # fmt: skip
+            "train.sample_every", "train.stop_after_nonfinite", "train.compare_every", "train.replay_every",
+            "train.donate", "train.tpu_options", "rules.", "deadlines.", "frozen_rules", "profile.")  # fmt: skip
 
     def leaves(tree, path=""):
         for key, value in tree.items():
@@ -356,7 +356,7 @@ def mutations():
                 yield f"{path}{key}", value
 
     for key, value in leaves(specs.to_config(toys.spec())):
-        if key != "train.steps":
+        if key not in ("train.steps", "train.skip_batches"):
             yield key, value, key.startswith(free)
 
 
@@ -408,6 +408,27 @@ def test_the_length_may_shrink_if_every_schedule_is_constant(schedule, override,
     else:
         with pytest.raises(resume.ResumeError, match=r"train\.steps"):
             resume.check_config(specs.to_config(old), specs.to_config(new), step=3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "allowed"),
+    [
+        ((), ((3, 5),), True),  # steps 1 to 3 saw batches 0 to 2
+        ((), ((2, 5),), False),
+        (((0, 2),), ((0, 2), (5, 9)), True),  # they saw 2 to 4
+        (((0, 2),), ((0, 2), (4, 9)), False),
+        (((0, 2),), (), False),
+        (((0, 2),), ((0, 3),), False),
+        (((7, 8),), (), True),
+    ],
+)
+def test_batches_that_no_step_has_seen_may_be_skipped(old, new, allowed):
+    old, new = (specs.to_config(toys.spec(**{"train.skip_batches": batches})) for batches in (old, new))
+    if allowed:
+        resume.check_config(old, new, step=3)
+    else:
+        with pytest.raises(resume.ResumeError, match=r"train\.skip_batches was .* and is now"):
+            resume.check_config(old, new, step=3)
 
 
 def test_what_a_source_of_a_mixture_is_evaluated_on_is_free():
