@@ -132,9 +132,9 @@ _gather.defvjp(_gather_forward, _gather_backward)
 def awaited(x: Float[Array, "*b i"]) -> tuple[Float[Array, "*b i"], Float[Array, ""]]:
     """`x` as it is, and a token to hand to later `Dense` layers.
 
-    Backward, what made `x` waits until the gradients of those layers' kernels are where they are stored. Nothing is
-    computed otherwise. XLA's scheduler leaves all gradients of kernels, and so their exchange between chips, to the end of a layer's
-    backward pass, where little is left to compute meanwhile.
+    Backward, what made `x` waits until the gradients of those layers' kernels are where they are stored; no value
+    changes. XLA's scheduler leaves all gradients of kernels, and so their exchange between chips, to the end of a
+    layer's backward pass, where little is left to compute meanwhile.
     """
     return x, jnp.zeros(())
 
