@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -130,15 +130,18 @@ class Module:
     @functools.cached_property
     def _fused(self) -> frozenset[str]:
         """Names of the computations that are the inside of a fusion."""
-        every = (i for c in self.computations.values() for i in c.instructions.values() if i.opcode == "fusion")
-        return frozenset(i.called["calls"] for i in every)
+        return _insides(self.computations.values())
 
     @functools.cached_property
     def _scattering(self) -> frozenset[str]:
         """Of these the reduce-scatters that are an exchange by themselves, though they may share another's channel."""
         outside = (c for name, c in self.computations.items() if name not in self._fused)
-        called = {i.called["calls"] for c in outside for i in c.instructions.values() if i.opcode == "fusion"}
-        return frozenset(name for name in called if _scatters(self.computations[name]))
+        return frozenset(name for name in _insides(outside) if _scatters(self.computations[name]))
+
+
+def _insides(computations: Iterable[Computation]) -> frozenset[str]:
+    """Names of what the fusions of some computations call."""
+    return frozenset(i.called["calls"] for c in computations for i in c.instructions.values() if i.opcode == "fusion")
 
 
 def _scatters(computation: Computation) -> bool:

@@ -201,6 +201,11 @@ def were_drawn(workdir: Any, step: int) -> bool:
     return any(pattern.parent.glob(pattern.name))
 
 
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl is of held-out batches."""
+    return any(name.startswith("eval/") for name in line)
+
+
 def read_metrics(workdir: Any) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; [] if it can't be read. A line cut short by a kill is left out."""
     try:
@@ -229,8 +234,8 @@ def _drop_later_lines(path: epath.Path, start: int, at_the_end: bool) -> None:
         return
 
     def again(line: Mapping[str, Any]) -> bool:
-        evaluated = any(name.startswith("eval/") for name in line)
-        return line["step"] > start or line.get(FINISHED) or (at_the_end and line["step"] == start and evaluated)
+        evaluated = at_the_end and line["step"] == start and is_evaluation(line)
+        return line["step"] > start or line.get(FINISHED) or evaluated
 
     kept = [line for line in _read_lines(path) if not again(line)]
     draft = path.parent / f".{path.name}.draft"

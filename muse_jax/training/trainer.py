@@ -300,8 +300,7 @@ class _Run:
 
         def done() -> tuple[bool, bool]:
             lines = (line for line in logging.read_metrics(self.workdir) if line["step"] == self.step)
-            evaluated = any(name.startswith("eval/") for line in lines for name in line)
-            return evaluated, logging.were_drawn(self.workdir, self.step)
+            return any(map(logging.is_evaluation, lines)), logging.were_drawn(self.workdir, self.step)
 
         evaluated, drawn = hosts.from_leader("looking for what was left out", done)
         every = self.spec.train
@@ -443,8 +442,9 @@ class _Run:
         """Makes the step from `before` once more, which finds what a chip computed wrongly without a copy of it."""
         with self._during("save"):
             again, _ = self.train_step(before, self.frozen, arrays)
+            made = steps.checkpoint_items(self.state)
             for item, leaves in steps.checkpoint_items(again).items():
-                replicas.check_same(leaves, steps.checkpoint_items(self.state)[item], self.step + 1)
+                replicas.check_same(leaves, made[item], self.step + 1)
 
     def _evaluate(self) -> None:
         """Metrics on the held-out batches, with the EMA if there is one."""
