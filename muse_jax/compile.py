@@ -33,7 +33,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from muse_jax import ahead, cascade, flops, hlo, roofline, specs, traffic, train
-from muse_jax.training import sharding, trees
+from muse_jax.training import executable, sharding, trees
 
 AS_TRAINED = "UNKNOWN"  # jax's name for the optimization level that each compiler has by itself
 PAPER_STEP_S = 0.6  # Muse, section 3: a week for 1M steps on 256 TPU v4 chips
@@ -167,14 +167,12 @@ def _together(parts: Mapping[str, Any], resident: int, chip: roofline.Chip) -> d
 
 
 def memory(compiled: Any, chip: roofline.Chip) -> dict[str, float]:
-    """Bytes on one chip; outputs that take the place of donated arguments count once."""
-    found = compiled.memory_analysis()
-    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
-    total = found.argument_size_in_bytes + found.temp_size_in_bytes + max(0, outputs)
+    """Bytes on one chip."""
+    parts = executable.memory(compiled)
     return {
-        "argument_bytes": found.argument_size_in_bytes,
-        "temporary_bytes": found.temp_size_in_bytes,
-        "total_bytes": total + found.generated_code_size_in_bytes,
+        "argument_bytes": parts["arguments"],
+        "temporary_bytes": parts["temporaries"],
+        "total_bytes": sum(parts.values()),
         "memory_bytes": chip.memory_bytes,
     }
 

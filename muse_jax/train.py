@@ -32,7 +32,19 @@ from ml_collections import config_flags
 
 from muse_jax import data, flops, precomputed, roofline, specs
 from muse_jax.data import transforms
-from muse_jax.training import checkpoint, feed, hosts, reading, replicas, resume, sharding, signals, trainer, watchdog
+from muse_jax.training import (
+    checkpoint,
+    executable,
+    feed,
+    hosts,
+    reading,
+    replicas,
+    resume,
+    sharding,
+    signals,
+    trainer,
+    watchdog,
+)
 
 # What a person can mend; said without a traceback.
 MENDABLE = (
@@ -44,6 +56,7 @@ MENDABLE = (
     transforms.UnusableError,
     trainer.NonFiniteError,
     replicas.ReplicaError,
+    executable.DeviceMemoryError,
     hosts.HostError,
 )
 

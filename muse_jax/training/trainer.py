@@ -20,8 +20,8 @@ import numpy as np
 from etils import epath
 
 from muse_jax import specs
+from muse_jax.training import executable, hosts, reading, replicas, resume, sharding, signals, trees
 from muse_jax.training import feed as feeds
-from muse_jax.training import hosts, reading, replicas, resume, sharding, signals, trees
 from muse_jax.training import logs as logging
 from muse_jax.training import meter as meters
 from muse_jax.training import profile as profiles
@@ -77,6 +77,7 @@ def train(
 
     Raises:
       specs.SpecError: the config doesn't fit the devices.
+      executable.DeviceMemoryError: their memory has no room for it.
       resume.ResumeError: another run holds the workdir, or this one would train something else.
       reading.CheckpointError: no whole checkpoint is left, or none can be written.
       NonFiniteError: after `train.stop_after_nonfinite` such steps in a row.
@@ -173,6 +174,7 @@ class _Run:
         self.identity = {"config": specs.to_config(spec), "data": data, "frozen": trees.fingerprints(self.frozen)}
         hosts.check_same("what is trained on", {"data": data, **self.identity["frozen"]})
         self.state: steps.State
+        self.compiled_as: dict[str, Any] | None = None  # the identity of the step that led to the state
         self.step = 0  # steps done, of which the metrics of the last may not have been read yet
         self.saved = -1  # the newest step that a checkpoint was started for
         self.nonfinite = self.in_a_row = 0
@@ -194,6 +196,7 @@ class _Run:
         self.stop.begin(hosts.from_leader("looking for checkpoints", lambda: max(reading.steps_in(folder), default=0)))
         self.checkpoints = Checkpoints(self.workdir, self.spec.checkpoint.keep, self.spec.deadlines.save / 2)
         stack.enter_context(_closing(self.checkpoints))
+        self._check_room()
         self._restore_or_init()
         expected = steps.checkpoint_items(self.program.state)
         replicas.check_bytes(steps.checkpoint_items(self.state), expected, self.mesh, self.spec.mesh.most_bytes)
@@ -215,6 +218,13 @@ class _Run:
         if self.vocabulary is not None:
             write_json(self.workdir / VOCABULARY, self.vocabulary)
 
+    def _check_room(self) -> None:
+        names = {"params": "parameters", "optimizer": "optimizer", "ema": "EMA"}
+        parts = {said: executable.device_bytes(getattr(self.program.state, name)) for name, said in names.items()}
+        parts["frozen networks"] = executable.device_bytes(self.program.frozen)
+        remedy = "Split it over more devices (mesh.fsdp, mesh.tensor), or take a smaller model."
+        executable.check_room("the state", parts, self.mesh, remedy)
+
     def _restore_or_init(self) -> None:
         # Outside of the mesh's context, under which Orbax's work on single devices would break.
         abstract = self.program.state
@@ -225,6 +235,7 @@ class _Run:
         items, meta = restored
         self.step = self.saved = meta["step"]
         self.nonfinite, self.in_a_row = meta["nonfinite"], meta["in_a_row"]
+        self.compiled_as = meta.get("compiled")  # checkpoints of older versions don't say
         self.state = steps.from_items(abstract, items, self.step)
 
     def _check_meta(self, meta: Mapping[str, Any]) -> None:
@@ -252,12 +263,32 @@ class _Run:
         began = time.monotonic()
         with self._during("compile"):
             if self.step < self.spec.train.steps:
-                self.train_step = self.program.compile_train(batch)
+                self._compile_step(batch)
             if self.held_out:
-                self.evaluate = self.program.lower_evaluate(self.program.abstract_batch(self.held_out[0])).compile()
+                self._compile_evaluation()
         seconds = time.monotonic() - began
         self.logs.say(f"compiled in {seconds:.1f} s")
         self._log({"compile_seconds": seconds})
+
+    def _compile_step(self, batch: Any) -> None:
+        kept = executable.device_bytes(self.program.state) if self.spec.train.replay_every else 0
+        self.train_step = executable.fitting(
+            "the train step", lambda: self.program.compile_train(batch), kept, self.mesh
+        )
+        before, self.compiled_as = self.compiled_as, executable.identity(self.train_step, self.mesh)
+        changed = executable.difference(before or {}, self.compiled_as)
+        if changed and hosts.leads():
+            absl.logging.warning(
+                "from step %d on, steps are compiled otherwise than before (%s): the run goes on, but not bit for bit "
+                "as without the change", self.step, changed
+            )  # fmt: skip
+
+    def _compile_evaluation(self) -> None:
+        state, batch = self.program.state, self.program.abstract_batch(self.held_out[0])
+        others = executable.device_bytes(state) - executable.device_bytes(state.best)
+        self.evaluate = executable.fitting(
+            "the evaluation", lambda: self.program.lower_evaluate(batch).compile(), others, self.mesh
+        )
 
     def _check_batch(self, batch: Mapping[str, Any]) -> None:
         size = self.spec.train.batch_size
@@ -416,8 +447,8 @@ class _Run:
                 # Orbax reads in the background. Elsewhere it has its own copy on the host by the time
                 # it returns; here it would read the buffers that the next step is donated.
                 state = steps.copied(state)
-            counts = {"nonfinite": self.nonfinite, "in_a_row": self.in_a_row}
-            self.checkpoints.save(self.step, steps.checkpoint_items(state), {**self.identity, **counts})
+            more = {"nonfinite": self.nonfinite, "in_a_row": self.in_a_row, "compiled": self.compiled_as}
+            self.checkpoints.save(self.step, steps.checkpoint_items(state), {**self.identity, **more})
             self.saved = self.step
 
     def _save_surely(self) -> None:

@@ -89,6 +89,7 @@ def test_killed_anywhere_and_started_again_gives_the_same_bits(tmp_path, whole, 
     assert kills == len(moments)
     code, output = finish(start(tmp_path, kind, pause=0))
     assert (code, output.splitlines()[-1]) == (0, "done 40")
+    assert "compiled otherwise" not in output
     assert toys.bits(load_stage(tmp_path).params) == whole(kind)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["36", "40"]
     steps = [line["step"] for line in logs.read_metrics(tmp_path) if "loss" in line]

@@ -103,6 +103,7 @@ def test_a_step_that_is_made_twice_shows_what_was_computed_wrongly(tmp_path, mon
             return state._replace(params=params), metrics
 
         mesh_devices = program.mesh.devices.flat
+        made.as_text = step.as_text
         return made
 
     whole = toys.train(
