@@ -95,7 +95,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     # that span all three sides have no all-gather on TPU v4, and send twice as much in all-reduces instead.
     config.mesh = dict(data=4, fsdp=-1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
-    config.rules.update(mlp="fsdp")  # the MLPs' second kernel by its rows, which are quicker to gather than columns
     # T5-XXL's kernels stay where they are and examples pass by, which is less than 9.1 GB of kernels to each chip at
     # each step. Of the MLPs' kernels each chip of the short side has a quarter, and between MLPs 2 examples of the 8
     # that these want: 0.45 GB to exchange. Attention's are whole on each chip: 2.4 GB of memory, not 0.45 GB more.
@@ -111,11 +110,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         replay_every=10_000,  # a step of these is made twice and compared, which takes 0.4 of 32 GiB a chip meanwhile
         donate=True,  # without it a second state, 0.4 of 32 GiB a chip
         # Together they spread the exchange of a kernel or its gradient over products with others: by the estimate for
-        # v4:4x8x8 0.087 s a step of "precomputed", 26% of it waiting for others (before `layers.awaited` 0.094 and 31%;
-        # with the first five alone 0.103 and 48%, with none 0.122). Tried beside them: up to 4 gathers at a time, other
-        # shares of the v4's common memory (8 MiB for scatters compile without end; with 24 and more scatters become
-        # synchronous), other schedulers and estimates of how long products take, all-reduces too, gathers a layer
-        # ahead, two and three layers a loop: more waiting, or no difference.
+        # v4:4x8x8 0.092 s a step, 20% of it waiting for others, and of "precomputed", which has less to compute
+        # meanwhile, 0.080 and 24%. That is with what the models say of when to exchange (`layers.awaited`,
+        # `transformer.Layer`); without it "precomputed" took 0.094 s, with the first five alone 0.103, with none 0.122.
+        # Tried beside them: up to 4 gathers at a time, other shares of the v4's common memory (8 MiB for scatters
+        # compile without end; with 24 and more scatters become synchronous), other schedulers and estimates of how
+        # long products take, all-reduces too, libtpu's own gathers a layer ahead, two and three layers a loop, all of
+        # a layer's kernels in the layer before: more waiting, or no difference.
         tpu_options={
             "xla_enable_async_all_gather": True,  # a gather has a start and an end, and other work between them
             "xla_tpu_enable_async_collective_fusion": True,  # that work sends and receives too

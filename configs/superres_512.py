@@ -92,7 +92,6 @@ def get_config() -> ml_collections.ConfigDict:
     # As base_3b.py's: trained parameters 64 ways; T5-XXL's kernels stay on the 4 chips of v4:4x8x8's short side.
     config.mesh = dict(data=4, fsdp=-1, tensor=1, slices=1)
     config.rules = dict(specs.RULES)
-    config.rules.update(mlp="fsdp")
     config.frozen_rules = dict(batch="fsdp", embed=None, mlp="data", heads="data", vocab=None)
     config.train = dict(
         steps=1_000_000,  # super-resolution table

@@ -24,8 +24,9 @@ SECTIONS = {
     "flops": ("model", "program", "recomputed_share"),
     "estimate": ("compute_s", "memory_s", "interconnect_s", "step_s", "utilisation", "days_1m_steps"),
 }
-# What the estimates stay under, in seconds.
-STEP_S = {"base_3b.py": 0.109, "base_3b.py:precomputed": 0.09}
+# What the estimates stay under: seconds a step, and the share of it that is waiting for other chips.
+STEP_S = {"base_3b.py": 0.095, "base_3b.py:precomputed": 0.083}
+WAITING = {"base_3b.py": 0.2, "base_3b.py:precomputed": 0.25}
 without_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install muse_jax[test], on Python 3.11",
@@ -208,7 +209,7 @@ def test_the_3b_step_on_the_papers_pod(tmp_path, as_users, config):
     assert found["chip"]["total_bytes"] < found["chip"]["memory_bytes"] * 2 / 3
     assert found["flops"]["recomputed_share"] < 0.15
     assert found["estimate"]["step_s"] < STEP_S[config]
-    assert found["estimate"]["exposed_interconnect_s"] < 0.28 * found["estimate"]["step_s"]
+    assert found["estimate"]["exposed_interconnect_s"] < WAITING[config] * found["estimate"]["step_s"]
     assert not found["unknown_loops"]
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import layout
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from muse_jax.models import axes
 
@@ -78,7 +78,7 @@ def on_many_devices() -> bool:
     return bool(nn.get_logical_axis_rules()) and jax.sharding.get_abstract_mesh().size > 1
 
 
-def gathered(kernel: Any, names: Sequence[str | None], dtype: Any) -> Any:
+def gathered(kernel: Any, names: Sequence[str | None], dtype: Any, ahead: Any = None) -> Any:
     """The kernel in `dtype`, whole along the mesh axes that split the batch, as it is multiplied.
 
     Parameters are stored split over those axes too. Said here, each kernel travels once a step, in the
@@ -88,14 +88,34 @@ def gathered(kernel: Any, names: Sequence[str | None], dtype: Any) -> Any:
 
     Args:
       names: the logical axes of the kernel.
+      ahead: the whole kernel where it was gathered before, as a constant; the gradient is `kernel`'s all the same.
     """
     kernel = kernel.astype(dtype)
     if not on_many_devices():
         return kernel
-    stored = nn.logical_to_mesh_axes(names)
-    batch = _mesh_axes(nn.logical_to_mesh_axes((axes.BATCH,))[0])
-    kept = [tuple(axis for axis in _mesh_axes(entry) if axis not in batch) or None for entry in stored]
-    return _gather(kernel, stored, PartitionSpec(*kept))
+    return _gather(kernel, ahead, _stored(names), _kept(names))
+
+
+def is_split(name: str) -> bool:
+    """Whether kernels stay split by this logical axis where they are multiplied, so that devices sum up their parts."""
+    if not on_many_devices():
+        return False
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return any(sizes[axis] > 1 for axis in _mesh_axes(_kept((name,))[0]))
+
+
+def looked_up(table: Float[Array, "v i"], ids: Int[Array, "b n"], name: str) -> Float[Array, "b n i"]:
+    """``table[ids]`` of a table that is stored split by its width, the logical axis `name`.
+
+    Each device looks up its part of the width for the examples of all that have the other parts, and they exchange
+    what they found; so do gradients. Left to XLA, each sums up a gradient of the whole table, and these are exchanged.
+    """
+    if not on_many_devices():
+        return table[ids]
+    width, batch = (_mesh_axes(_stored((axis,))[0]) for axis in (name, axes.BATCH))
+    batch = tuple(axis for axis in batch if axis not in width)
+    found = jax.lax.with_sharding_constraint(table[ids], PartitionSpec(batch or None, None, width or None))
+    return nn.with_logical_constraint(found, (axes.BATCH, None, None))
 
 
 @contextlib.contextmanager
@@ -108,21 +128,33 @@ def ruled(rules: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
+def _stored(names: Sequence[str | None]) -> PartitionSpec:
+    """The mesh axes of what has these logical axes. Each is used once, by the first of them that claims it."""
+    rules = dict(nn.get_logical_axis_rules())
+    return nn.logical_to_mesh_axes(names, [(name, rules[name]) for name in names if name is not None])
+
+
+def _kept(names: Sequence[str | None]) -> PartitionSpec:
+    """The mesh axes by which what has these logical axes stays split where the batch meets it."""
+    batch = _mesh_axes(_stored((axes.BATCH,))[0])
+    return PartitionSpec(*(tuple(a for a in _mesh_axes(entry) if a not in batch) or None for entry in _stored(names)))
+
+
 def _mesh_axes(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(kernel: Any, stored: PartitionSpec, whole: PartitionSpec) -> Any:
-    return jax.lax.with_sharding_constraint(kernel, whole)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _gather(kernel: Any, ahead: Any, stored: PartitionSpec, whole: PartitionSpec) -> Any:
+    return jax.lax.with_sharding_constraint(kernel, whole) if ahead is None else ahead
 
 
-def _gather_forward(kernel: Any, stored: PartitionSpec, whole: PartitionSpec) -> tuple[Any, None]:
-    return _gather(kernel, stored, whole), None
+def _gather_forward(kernel: Any, ahead: Any, stored: PartitionSpec, whole: PartitionSpec) -> tuple[Any, None]:
+    return _gather(kernel, ahead, stored, whole), None
 
 
-def _gather_backward(stored: PartitionSpec, whole: PartitionSpec, _: None, cotangent: Any) -> tuple[Any]:
-    return (jax.lax.with_sharding_constraint(cotangent, stored),)
+def _gather_backward(stored: PartitionSpec, whole: PartitionSpec, _: None, cotangent: Any) -> tuple[Any, None]:
+    return jax.lax.with_sharding_constraint(cotangent, stored), None
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
@@ -202,17 +234,18 @@ class RMSNorm(nn.Module):
 
 
 class HeadProjection(nn.Module):
-    """Projects the width to heads: ``[*b, width] -> [*b, heads, head_dim]``."""
+    """Projects the width to heads: ``[*b, width] -> [*b, heads, head_dim]``. For `ahead` see `gathered`."""
+
+    NAMES = (axes.EMBED, axes.HEADS, axes.HEAD_DIM)  # of the kernel's axes
 
     heads: int
     head_dim: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b h d"]:
-        names = (axes.EMBED, axes.HEADS, axes.HEAD_DIM)
-        kernel = self.param("kernel", kernel_init(names, (0,)), (x.shape[-1], self.heads, self.head_dim))
-        kernel = gathered(kernel, names, self.dtype)
+    def __call__(self, x: Float[Array, "*b i"], ahead: Float[Array, "i h d"] | None = None) -> Float[Array, "*b h d"]:
+        kernel = self.param("kernel", kernel_init(self.NAMES, (0,)), (x.shape[-1], self.heads, self.head_dim))
+        kernel = gathered(kernel, self.NAMES, self.dtype, ahead)
         flat = product(x.astype(self.dtype), kernel.reshape(x.shape[-1], -1))
         return flat.reshape(*x.shape[:-1], self.heads, self.head_dim)
 
@@ -352,7 +385,12 @@ def offsets_chosen(queries: int, keys: int) -> Float[np.ndarray, "q k o"]:
 
 
 class SelfAttention(nn.Module):
-    """Self-attention; with a `block`, multi-axis over the `grid`."""
+    """Self-attention; with a `block`, multi-axis over the `grid`.
+
+    `ahead` has the kernels of the `PROJECTIONS`, one after another, where they were gathered before; see `gathered`.
+    """
+
+    PROJECTIONS = ("query", "key", "value")
 
     heads: int
     grid: tuple[int, int] | None = None
@@ -364,10 +402,10 @@ class SelfAttention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n i"]) -> Float[Array, "b n i"]:
+    def __call__(self, x: Float[Array, "b n i"], ahead: Float[Array, "3 i h d"] | None = None) -> Float[Array, "b n i"]:
         q, k, v = (
-            HeadProjection(self.heads, x.shape[-1] // self.heads, self.dtype, name=name)(x)
-            for name in ("query", "key", "value")
+            HeadProjection(self.heads, x.shape[-1] // self.heads, self.dtype, name=name)(x, kernel)
+            for name, kernel in zip(self.PROJECTIONS, (None,) * 3 if ahead is None else ahead, strict=True)
         )
         if self.qk_norm:
             q, k = (RMSNorm(name=f"{n}_norm")(y) for n, y in (("query", q), ("key", k)))

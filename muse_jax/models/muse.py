@@ -35,7 +35,7 @@ class TokenEmbedding(nn.Module):
             for name, side in zip(("rows", "columns"), self.grid, strict=True)
         ]
         positions = (sides[0][:, None, :] + sides[1][None, :, :]).reshape(1, -1, self.width)
-        return (table[tokens] + positions).astype(self.dtype)
+        return (layers.looked_up(table, tokens, axes.EMBED) + positions).astype(self.dtype)
 
 
 class Head(nn.Module):

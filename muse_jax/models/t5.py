@@ -60,7 +60,10 @@ class RMSNorm(nn.Module):
 
 
 class _Projection(nn.Module):
-    """x @ kernel, without bias; the product is accumulated in float32 and returned in `out_dtype`."""
+    """x @ kernel, without bias; the product is accumulated in float32 and returned in `out_dtype`.
+
+    Where devices have some of the kernel's rows each, they exchange their parts of the sum in `dtype`.
+    """
 
     features: int
     names: tuple[str, str]
@@ -72,7 +75,8 @@ class _Projection(nn.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b f"]:
         init = nn.with_logical_partitioning(self.init, self.names)
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
-        y = layers.product(x.astype(self.dtype), layers.gathered(kernel, self.names, self.dtype), jnp.float32)
+        summed = self.dtype if layers.is_split(self.names[0]) else jnp.float32
+        y = layers.product(x.astype(self.dtype), layers.gathered(kernel, self.names, self.dtype), summed)
         return y.astype(self.out_dtype or self.dtype)
 
 

@@ -22,7 +22,7 @@ class Memory(NamedTuple):
 
 
 class MemoryProjection(nn.Module):
-    """Keys and values of all layers from one sequence of embeddings, in one product each."""
+    """Keys and values of all layers from one sequence of embeddings."""
 
     layers: int
     heads: int
@@ -34,23 +34,28 @@ class MemoryProjection(nn.Module):
     def __call__(self, x: Float[Array, "b m i"], mask: Bool[Array, "b m"]) -> Memory:
         names = (axes.LAYERS, axes.EMBED, axes.HEADS, axes.HEAD_DIM)
         shape = (self.layers, x.shape[-1], self.heads, self.head_dim)
-        projected = []
-        for name in ("key", "value"):
-            # fan-in is the embedding axis: the stack is a batch of kernels
-            init = nn.initializers.variance_scaling(
-                1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=(2, 3), batch_axis=(0,)
-            )
-            kernel = self.param(name, nn.with_logical_partitioning(init, names), shape)
-            kernel = layers.gathered(kernel, names, self.dtype)
-            projected.append(jnp.einsum("bmi,lihd->lbmhd", x.astype(self.dtype), kernel))
-        keys, values = projected
+        # fan-in is the embedding axis: the stack is a batch of kernels
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=(2, 3), batch_axis=(0,)
+        )
+        init = nn.with_logical_partitioning(init, names)
+        kernels = [self.param(name, init, shape) for name in ("key", "value")]
+        if layers.on_many_devices():  # in one exchange
+            kernels = layers.gathered(jnp.stack(kernels), (None, *names), self.dtype)
+            keys, values = jnp.einsum("bmi,klihd->klbmhd", x.astype(self.dtype), kernels)
+        else:
+            keys, values = (jnp.einsum("bmi,lihd->lbmhd", x.astype(self.dtype), k.astype(self.dtype)) for k in kernels)
         if self.qk_norm:
             keys = layers.RMSNorm(name="key_norm")(keys)
         return Memory(keys, values, mask)
 
 
 class Layer(nn.Module):
-    """Pre-norm layer: self-attention, cross-attention when there is a memory, MLP."""
+    """Pre-norm layer: self-attention, cross-attention when there is a memory, MLP.
+
+    With `later`, the kernels of the next layer's `SelfAttention.PROJECTIONS` as they are stored, it gathers these and
+    hands them on as `ahead`. Each of a layer's first products is short, and would wait for its kernel.
+    """
 
     heads: int
     mlp_width: int
@@ -67,8 +72,9 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n i"], keys: Any, values: Any, mask: Any, deterministic: bool
-    ) -> tuple[Float[Array, "b n i"], None]:
+        self, carry: tuple[Any, Any], keys: Any, values: Any, later: Any, mask: Any, deterministic: bool
+    ) -> tuple[tuple[Float[Array, "b n i"], Any], None]:
+        x, ahead = carry
         scale = 1.0 / ((2 + self.cross) * self.depth)
         x = nn.with_logical_constraint(x, (axes.BATCH, axes.TOKENS, axes.EMBED))
 
@@ -78,7 +84,7 @@ class Layer(nn.Module):
         places = (self.grid, self.block)
         how = (scale, self.implementation, self.dtype)
         attention = layers.SelfAttention(self.heads, *places, self.qk_norm, self.relative, *how, name="self_attention")
-        x = x + residual(attention(layers.RMSNorm(name="self_norm")(x)))
+        x = x + residual(attention(layers.RMSNorm(name="self_norm")(x), ahead))
         token = None
         if self.cross and layers.on_many_devices():
             x, token = layers.awaited(x)
@@ -86,8 +92,16 @@ class Layer(nn.Module):
             grids = (self.grid, self.memory_grid) if self.relative and self.memory_grid else None
             attention = layers.CrossAttention(self.heads, self.qk_norm, grids, *how, name="cross_attention")
             x = x + residual(attention(layers.RMSNorm(name="cross_norm")(x), keys, values, mask))
+        if later is not None:
+            x, later = jax.lax.optimization_barrier((x, later))  # links are busy with this layer's kernels until here
+            ahead = gathered_projections(later, self.dtype)
         mlp = layers.MLP(self.mlp_width, scale, self.dtype, name="mlp")
-        return x + residual(mlp(layers.RMSNorm(name="mlp_norm")(x), token)), None
+        return (x + residual(mlp(layers.RMSNorm(name="mlp_norm")(x), token)), ahead), None
+
+
+def gathered_projections(kernels: Float[Array, "3 i h d"], dtype: Any) -> Float[Array, "3 i h d"]:
+    """A layer's `SelfAttention.PROJECTIONS` as they are multiplied, in one exchange."""
+    return layers.gathered(kernels, (None, *layers.HeadProjection.NAMES), dtype)
 
 
 class Stack(nn.Module):
@@ -111,13 +125,13 @@ class Stack(nn.Module):
     def __call__(
         self, x: Float[Array, "b n i"], memory: Memory | None = None, deterministic: bool = True
     ) -> Float[Array, "b n i"]:
-        layer = rematerialized(Layer, self.remat, static_argnums=(5,))
+        layer = rematerialized(Layer, self.remat, static_argnums=(6,))
         scanned = nn.scan(
             layer,
             length=self.depth,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, 0, nn.broadcast, nn.broadcast),
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: axes.LAYERS},
             # It traces every layer once more; seeds give the parameters that they do with it.
@@ -138,7 +152,19 @@ class Stack(nn.Module):
             name="layers",
         )
         keys, values, mask = memory if memory is not None else (None, None, None)
-        return scanned(x, keys, values, mask, deterministic)[0]
+        ahead = later = None
+        # Without "none" kernels are not kept for the backward pass, which those gathered ahead would be.
+        if layers.on_many_devices() and self.remat == "none" and not self.is_initializing():
+            kernels = self._projections()
+            ahead, later = gathered_projections(kernels[0], self.dtype), jnp.roll(kernels, -1, axis=0)
+        (x, _), _ = scanned((x, ahead), keys, values, later, mask, deterministic)
+        return x
+
+    def _projections(self) -> Float[Array, "layers 3 i h d"]:
+        """Every layer's `SelfAttention.PROJECTIONS`, without a gradient."""
+        attention = self.variables["params"]["layers"]["self_attention"]
+        kernels = [attention[name]["kernel"].astype(self.dtype) for name in layers.SelfAttention.PROJECTIONS]
+        return jax.lax.stop_gradient(jnp.stack(kernels, axis=1))
 
 
 def rematerialized(module: type[nn.Module], policy: str, static_argnums: tuple[int, ...]) -> type[nn.Module]:

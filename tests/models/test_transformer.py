@@ -167,7 +167,9 @@ def test_the_scan_is_a_loop_over_layers(memory):
     params = arbitrary(stack(**options), x, memory)
     got = jax.jit(stack(**options).apply)(params, x, memory)
     layer = transformer.Layer(2, 12, depth=3, cross=True, grid=GRID, dtype=FLOAT32, **options)
-    one = jax.jit(lambda own, x, keys, values: layer.apply({"params": own}, x, keys, values, memory.mask, True)[0])
+    one = jax.jit(
+        lambda own, x, *memory_of: layer.apply({"params": own}, (x, None), *memory_of, None, memory.mask, True)[0][0]
+    )
     for i in range(3):
         own = jax.tree.map(lambda p, i=i: p[i], params["params"]["layers"])
         x = one(own, x, memory.keys[i], memory.values[i])
