@@ -96,12 +96,14 @@ def gathered(kernel: Any, names: Sequence[str | None], dtype: Any, ahead: Any = 
     return _gather(kernel, ahead, _stored(names), _kept(names))
 
 
+def is_gathered(names: Sequence[str | None]) -> bool:
+    """Whether kernels with these logical axes are stored on more devices than they are multiplied on."""
+    return on_many_devices() and _ways(_stored(names)) > _ways(_kept(names))
+
+
 def is_split(name: str) -> bool:
     """Whether kernels stay split by this logical axis where they are multiplied, so that devices sum up their parts."""
-    if not on_many_devices():
-        return False
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return any(sizes[axis] > 1 for axis in _mesh_axes(_kept((name,))[0]))
+    return on_many_devices() and _ways(_kept((name,))) > 1
 
 
 def looked_up(table: Float[Array, "v i"], ids: Int[Array, "b n"], name: str) -> Float[Array, "b n i"]:
@@ -138,6 +140,12 @@ def _kept(names: Sequence[str | None]) -> PartitionSpec:
     """The mesh axes by which what has these logical axes stays split where the batch meets it."""
     batch = _mesh_axes(_stored((axes.BATCH,))[0])
     return PartitionSpec(*(tuple(a for a in _mesh_axes(entry) if a not in batch) or None for entry in _stored(names)))
+
+
+def _ways(split: PartitionSpec) -> int:
+    """Among how many devices something is split."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for entry in split for axis in _mesh_axes(entry))
 
 
 def _mesh_axes(entry: Any) -> tuple[str, ...]:

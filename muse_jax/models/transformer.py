@@ -154,7 +154,7 @@ class Stack(nn.Module):
         keys, values, mask = memory if memory is not None else (None, None, None)
         ahead = later = None
         # Without "none" kernels are not kept for the backward pass, which those gathered ahead would be.
-        if layers.on_many_devices() and self.remat == "none" and not self.is_initializing():
+        if self.remat == "none" and layers.is_gathered(layers.HeadProjection.NAMES) and not self.is_initializing():
             kernels = self._projections()
             ahead, later = gathered_projections(kernels[0], self.dtype), jnp.roll(kernels, -1, axis=0)
         (x, _), _ = scanned((x, ahead), keys, values, later, mask, deterministic)

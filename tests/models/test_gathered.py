@@ -58,9 +58,9 @@ def test_a_gradient_lies_as_its_kernel_does_where_two_axes_claim_the_same_device
 STACKED = jnp.asarray(np.random.default_rng(2).normal(size=(8, 4, 16)), jnp.float32)
 
 
-@pytest.mark.parametrize(("remat", "ahead"), [("none", True), ("full", False)])
+@pytest.mark.parametrize(("remat", "fsdp"), [("none", 4), ("full", 4), ("none", 1)])
 @pytest.mark.parametrize("cross", [True, False])
-def test_a_layers_first_kernels_are_gathered_in_the_layer_before(remat, ahead, cross):
+def test_a_layers_first_kernels_are_gathered_in_the_layer_before(remat, fsdp, cross):
     """In one exchange, to the values and gradients of one device; not where kernels are to be gathered again."""
     stack = transformer.Stack(depth=3, heads=2, mlp_width=32, remat=remat, dtype=jnp.dtype("float32"))
     keys = jnp.asarray(np.random.default_rng(3).normal(size=(3, 8, 5, 2, 8)), jnp.float32)
@@ -72,10 +72,11 @@ def test_a_layers_first_kernels_are_gathered_in_the_layer_before(remat, ahead, c
     boxes = stack.init(jax.random.key(0), STACKED, memory)["params"]
     params = sharding.unbox(boxes)
     expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, STACKED)
-    mesh = sharding.make_mesh(specs.MeshSpec(data=2, fsdp=4))
+    mesh = sharding.make_mesh(specs.MeshSpec(data=8 // fsdp, fsdp=fsdp))
     placed = jax.device_put(params, sharding.shardings(params, sharding.param_specs(boxes, specs.RULES, mesh), mesh))
     with sharding.layout(mesh, specs.RULES):
-        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(placed, STACKED).compile()
+        lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(placed, STACKED)
+    program = lowered.compile()
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), program(placed, STACKED), expected
     )
@@ -83,8 +84,9 @@ def test_a_layers_first_kernels_are_gathered_in_the_layer_before(remat, ahead, c
     together = [line for line in in_loops if " f32[3,16,2,8]" in line]
     alone = [line for line in in_loops if " f32[16,2,8]" in line or " f32[1,16,2,8]" in line]
     # Cross-attention has a query too.
-    expected = (1, cross) if ahead else (0, 2 * (3 + cross))
+    expected = {("none", 4): (1, cross), ("full", 4): (0, 2 * (3 + cross)), ("none", 1): (0, 0)}[remat, fsdp]
     assert (len(together), len(alone)) == expected, "forward, or forward and backward"
+    assert ("f32[3,3,16,2,8]" in lowered.as_text("hlo")) == (expected[0] == 1), "nothing is carried for nothing"
 
 
 def test_lookups_exchange_what_was_found_and_not_the_table():
