@@ -86,7 +86,7 @@ def compile_train(spec: specs.Spec, configs: pathlib.Path, topology: str, text: 
     """The report of the train step; `text` is a file for the compiled program."""
     chip, devices = topology_devices(topology)
     program = ahead.program(spec, sharding.make_mesh(spec.mesh, devices), configs)
-    compiled = program.compile_train(program.abstract_batch(ahead.batch(spec)))
+    compiled = program.compile_train(program.lower_train(program.abstract_batch(ahead.batch(spec))))
     if text:
         pathlib.Path(text).write_text(compiled.as_text())
     module = hlo.parse(compiled.as_text())

@@ -133,7 +133,7 @@ def ruled(rules: Mapping[str, Any]) -> Iterator[None]:
 def _stored(names: Sequence[str | None]) -> PartitionSpec:
     """The mesh axes of what has these logical axes. Each is used once, by the first of them that claims it."""
     rules = dict(nn.get_logical_axis_rules())
-    return nn.logical_to_mesh_axes(names, [(name, rules[name]) for name in names if name is not None])
+    return nn.logical_to_mesh_axes(names, [(name, rules.get(name)) for name in names if name is not None])
 
 
 def _kept(names: Sequence[str | None]) -> PartitionSpec:

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from muse_jax.models import axes, muse, transformer
+from muse_jax.models import axes, layers, muse, transformer
 
 
 class MaskGIT(nn.Module):
@@ -57,7 +57,8 @@ class MaskGIT(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "b 1 i"]:
         """The class token. A False `text_mask` makes it that of no class."""
-        return self.classes[jnp.where(text_mask, text_ids, 0)].astype(jnp.dtype(self.spec.dtype))
+        ids = jnp.where(text_mask, text_ids, 0)
+        return layers.looked_up(self.classes, ids, axes.EMBED).astype(jnp.dtype(self.spec.dtype))
 
     def logits(
         self, tokens: Int[Array, "b n"], memory: Float[Array, "b 1 i"], deterministic: bool = True

@@ -8,7 +8,6 @@ first step: the evaluation may need more than a step, and is otherwise run for t
 import hashlib
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,39 +18,30 @@ from jax.sharding import Mesh
 from muse_jax.training.reading import brief
 
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # of the compiler, in the environment
-# What says where in the sources an instruction comes from: tables at the text's head, and attributes.
-_TABLES = re.compile(r"^(?:FileNames|FunctionNames|FileLocations|StackFrames|\d+ .*)\n", re.MULTILINE)
-_METADATA = re.compile(r', metadata=\{(?:[^{}"]|"(?:[^"\\]|\\.)*"|\{[^{}]*\})*\}')
 
 
 class DeviceMemoryError(RuntimeError):
     """A run needs more memory than a device has."""
 
 
-def identity(compiled: Any, mesh: Mesh) -> dict[str, Any]:
-    """What a program's bits depend on besides its arguments, as JSON; "program" is its text's hash."""
+def identity(lowered: Any, options: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """What a compiled program's bits depend on besides its arguments, as JSON.
+
+    Args:
+      lowered: the program as it is handed to the compiler; "program" is a hash of its text, which doesn't say where in
+        the sources anything is from. The compiler's own text isn't the same each time, on several devices.
+      options: of the compiler, for this program.
+      mesh: of the run.
+    """
     return {
-        "program": text_hash(compiled.as_text() or ""),  # no backend of ours has none
+        "program": hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16],
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "device": mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
+        "options": dict(options),
         **{name: os.environ.get(name, "") for name in FLAGS},
     }
-
-
-def text_hash(text: str) -> str:
-    """Of an optimized program's text, in 16 hex digits; the same from whatever files and lines it was traced.
-
-    XLA leaves large constants out of the text. A run has its networks as arguments.
-
-    >>> line = '%b = f32[] negate(%a), metadata={op_name="jit(f)/neg" source_file="f.py" source_line=3}, index=1'
-    >>> text_hash(line) == text_hash(line.replace("f.py", "{g}.py"))
-    True
-    >>> text_hash(line) == text_hash(line.replace("negate", "cosine"))
-    False
-    """
-    return hashlib.sha256(_METADATA.sub("", _TABLES.sub("", text)).encode()).hexdigest()[:16]
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -116,10 +116,14 @@ class Program:
             step = jax.jit(self.train_step, donate_argnums=donated, out_shardings=(shardings_of(self.state), None))
             return step.lower(self.state, self.frozen, batch)
 
-    def compile_train(self, batch: Any) -> Any:
-        """The compiled train step, with `train.tpu_options` where it is for TPUs."""
-        options = compiler_options(self.spec.train.tpu_options, self.mesh.devices.flat[0])
-        return self.lower_train(batch).compile(options or None)
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler, for the train step: `train.tpu_options` where it is for TPUs."""
+        return compiler_options(self.spec.train.tpu_options, self.mesh.devices.flat[0])
+
+    def compile_train(self, lowered: Any) -> Any:
+        """The train step of `lower_train`, compiled with the `options`."""
+        return lowered.compile(self.options or None)
 
     def lower_evaluate(self, batch: Any) -> Any:
         """The lowered evaluation (params, frozen, batch, index) -> metrics."""

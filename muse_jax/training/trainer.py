@@ -272,10 +272,11 @@ class _Run:
 
     def _compile_step(self, batch: Any) -> None:
         kept = executable.device_bytes(self.program.state) if self.spec.train.replay_every else 0
+        lowered = self.program.lower_train(batch)
         self.train_step = executable.fitting(
-            "the train step", lambda: self.program.compile_train(batch), kept, self.mesh
+            "the train step", lambda: self.program.compile_train(lowered), kept, self.mesh
         )
-        before, self.compiled_as = self.compiled_as, executable.identity(self.train_step, self.mesh)
+        before, self.compiled_as = self.compiled_as, executable.identity(lowered, self.program.options, self.mesh)
         changed = executable.difference(before or {}, self.compiled_as)
         if changed and hosts.leads():
             absl.logging.warning(

@@ -1,5 +1,6 @@
 """Makes `toys` importable by the tests here, and lets them share compiled programs."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -11,15 +12,22 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 class _Lowered:
     def __init__(self, lower):
-        self._lower, self._compiled = lower, None
+        self._lower = lower
+
+    @functools.cached_property
+    def _lowered(self):
+        return self._lower()
+
+    @functools.cached_property
+    def _compiled(self):
+        return self._lowered.compile()
 
     def compile(self, options=None):
         assert options is None, "these are for TPUs"
-        self._compiled = self._compiled or self._lower().compile()
         return self._compiled
 
     def as_text(self):
-        return self._lower().as_text()
+        return self._lowered.as_text()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,10 @@
 import dataclasses
 import doctest
 import json
+import os
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
@@ -12,34 +16,64 @@ import pytest
 import toys
 
 from muse_jax import specs
-from muse_jax.training import executable, logs, reading
+from muse_jax.training import executable, logs, reading, sharding
 
 BUDGET = 10 * 2**20
 FLAT = {"optimizer.schedule": "constant"}
 
 
 def traced_from(path, line, expression):
-    """The text of a program whose source is said to stand there."""
+    """A lowered program whose source is said to stand there."""
     names = {"jnp": jnp}
     exec(compile("\n" * line + f"def step(x): return {expression}", path, "exec"), names)
-    return jax.jit(names["step"]).lower(jnp.ones((4, 4))).compile().as_text()
+    return jax.jit(names["step"]).lower(jnp.ones((4, 4)))
 
 
-def test_the_hash_is_of_what_is_computed_and_not_of_where_it_is_written():
+def test_a_program_is_known_by_what_is_computed_and_not_by_where_it_is_written():
     here, there, other = (
         traced_from("/here/step.py", 0, "jnp.tanh(x) @ x"),
         traced_from("/there/other{1}.py", 7, "jnp.tanh(x) @ x"),
         traced_from("/here/step.py", 0, "jnp.sinh(x) @ x"),
     )
-    assert "step.py" in here
-    assert here != there
-    assert executable.text_hash(here) == executable.text_hash(there)
-    assert executable.text_hash(here) != executable.text_hash(other)
+    mesh = sharding.make_mesh(specs.MeshSpec())
+    known = [executable.identity(lowered, {}, mesh) for lowered in (here, there, other)]
+    assert here.as_text(debug_info=True) != there.as_text(debug_info=True)
+    assert known[0] == known[1]
+    assert executable.difference(known[0], known[2]) == "the program"
+    assert executable.difference(known[0], executable.identity(here, {"xla_some": 1}, mesh)) == (
+        "options none -> {'xla_some': 1}"
+    )
+
+
+KNOWN_AS = """
+import toys
+from muse_jax import specs
+from muse_jax.training import executable, sharding, step
+
+run = toys.spec(**{"mesh": specs.MeshSpec(2, 2, 1)})
+task = toys.Masked()
+program = step.Program(run, task, sharding.make_mesh(run.mesh), task.frozen())
+lowered = program.lower_train(program.abstract_batch(toys.batch_of(0, run.train.batch_size)))
+print(executable.identity(lowered, program.options, program.mesh)["program"])
+"""
+
+
+def test_processes_know_a_program_of_several_devices_by_the_same():
+    """Or each restart would warn. What the compiler makes of such a program differs in the order of instructions."""
+    found = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(pathlib.Path(toys.__file__).parent)}
+        command = [sys.executable, "-c", KNOWN_AS]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(done.stdout.strip())
+    assert len(found[0]) == 16
+    assert found[0] == found[1]
 
 
 def test_the_examples_of_docstrings():
     found = doctest.testmod(executable)
-    assert found.attempted >= 5
+    assert found.attempted >= 2
     assert not found.failed
 
 

@@ -90,8 +90,8 @@ def test_a_step_that_is_made_twice_shows_what_was_computed_wrongly(tmp_path, mon
     run = toys.spec(**{"train.batch_size": 8, "mesh": mesh, "train.replay_every": 2})
     compiled, calls = steps.Program.compile_train, []
 
-    def wrong_once(program, batch):
-        step = compiled(program, batch)
+    def wrong_once(program, lowered):
+        step = compiled(program, lowered)
 
         def made(state, frozen, batch):
             calls.append(None)
@@ -103,7 +103,6 @@ def test_a_step_that_is_made_twice_shows_what_was_computed_wrongly(tmp_path, mon
             return state._replace(params=params), metrics
 
         mesh_devices = program.mesh.devices.flat
-        made.as_text = step.as_text
         return made
 
     whole = toys.train(
