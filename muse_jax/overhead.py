@@ -12,7 +12,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
-import itertools
 import pathlib
 import statistics
 import tempfile
@@ -57,14 +56,13 @@ def measure(variant: str, steps: int, rounds: int) -> dict[str, float]:
     """Seconds of both, and the median over the rounds of the share that checkpoints and metrics cost."""
     spec = benchmark.stage_spec("base", variant)
     task = stages.build_task(spec, functools.partial(benchmark.untrained, variant=variant))
-    shares, times = [], []
-    for _ in itertools.repeat(None, rounds):
-        both = seconds_of(spec, task, steps, LOGGED_EVERY, SAVED_EVERY)
-        neither = seconds_of(spec, task, steps, steps, steps)
-        shares.append(both / neither - 1)
-        times.append((both, neither))
-    both, neither = (statistics.median(each) for each in zip(*times, strict=True))
-    return {"seconds": both, "seconds_with_neither": neither, "share": statistics.median(shares)}
+    kinds = {"seconds": (LOGGED_EVERY, SAVED_EVERY), "seconds_with_neither": (steps, steps)}
+    times = []
+    for turn in range(rounds):
+        order = list(kinds)[:: -1 if turn % 2 else 1]  # what the machine does slower and slower goes into both
+        times.append({kind: seconds_of(spec, task, steps, *kinds[kind]) for kind in order})
+    share = statistics.median(each["seconds"] / each["seconds_with_neither"] - 1 for each in times)
+    return {**{kind: statistics.median(each[kind] for each in times) for kind in kinds}, "share": share}
 
 
 def main(argv: Sequence[str]) -> None:
