@@ -23,13 +23,19 @@ def lowered(mesh_spec, params):
         return jax.jit(jax.grad(loss)).lower(params, X)
 
 
+def in_shards(boxes, rules, mesh):
+    """The parameters in their shards."""
+    params = sharding.unbox(boxes)
+    return jax.device_put(params, sharding.shardings(params, sharding.param_specs(boxes, rules, mesh), mesh))
+
+
 def test_gradients_are_those_of_one_device():
     boxes = DENSE.init(jax.random.key(0), X)["params"]
     params = sharding.unbox(boxes)
     expected = jax.grad(loss)(params, X)["kernel"]
     mesh_spec = specs.MeshSpec(data=2, fsdp=2, tensor=2)
     mesh = sharding.make_mesh(mesh_spec)
-    placed = jax.device_put(params, sharding.shardings(params, sharding.param_specs(boxes, specs.RULES, mesh), mesh))
+    placed = in_shards(boxes, specs.RULES, mesh)
     program = lowered(mesh_spec, placed)
     found = program.compile()(placed, X)["kernel"]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -43,7 +49,7 @@ def test_a_gradient_lies_as_its_kernel_does_where_two_axes_claim_the_same_device
     rules, mesh = {**specs.RULES, "mlp": "fsdp"}, sharding.make_mesh(specs.MeshSpec(data=2, fsdp=4))
     (stored,) = sharding.param_specs(boxes, rules, mesh).values()
     assert stored == jax.sharding.PartitionSpec("fsdp")
-    params = jax.device_put(sharding.unbox(boxes), jax.sharding.NamedSharding(mesh, stored))
+    params = in_shards(boxes, rules, mesh)
 
     def loss(params, x):
         kernel = layers.gathered(params["kernel"], names, jnp.float32)
@@ -53,9 +59,6 @@ def test_a_gradient_lies_as_its_kernel_does_where_two_axes_claim_the_same_device
         x = jax.device_put(jnp.ones((8, 24)), sharding.batch_sharding(mesh, rules))
         found = jax.jit(jax.grad(loss))(params, x)["kernel"]
     assert found.sharding.spec == stored
-
-
-STACKED = jnp.asarray(np.random.default_rng(2).normal(size=(8, 4, 16)), jnp.float32)
 
 
 @pytest.mark.parametrize(("remat", "fsdp"), [("none", 4), ("full", 4), ("none", 1)])
@@ -69,17 +72,15 @@ def test_a_layers_first_kernels_are_gathered_in_the_layer_before(remat, fsdp, cr
     def loss(params, x):
         return jnp.sum(jnp.sin(stack.apply({"params": params}, x, memory)))
 
-    boxes = stack.init(jax.random.key(0), STACKED, memory)["params"]
+    boxes = stack.init(jax.random.key(0), X, memory)["params"]
     params = sharding.unbox(boxes)
-    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, STACKED)
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, X)
     mesh = sharding.make_mesh(specs.MeshSpec(data=8 // fsdp, fsdp=fsdp))
-    placed = jax.device_put(params, sharding.shardings(params, sharding.param_specs(boxes, specs.RULES, mesh), mesh))
+    placed = in_shards(boxes, specs.RULES, mesh)
     with sharding.layout(mesh, specs.RULES):
-        lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(placed, STACKED)
+        lowered = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(placed, X)
     program = lowered.compile()
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), program(placed, STACKED), expected
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), program(placed, X), expected)
     in_loops = [line for line in program.as_text().splitlines() if " all-gather(" in line and "/while/body" in line]
     together = [line for line in in_loops if " f32[3,16,2,8]" in line]
     alone = [line for line in in_loops if " f32[16,2,8]" in line or " f32[1,16,2,8]" in line]
@@ -126,7 +127,7 @@ def test_what_is_awaited_changes_no_gradient_and_orders_the_backward_pass():
     gradients = jax.jit(jax.grad(loss, (0, 1)))
     assert "optimization_barrier" not in gradients.lower(params, X).as_text(), "one device has nothing to wait for"
     mesh = sharding.make_mesh(specs.MeshSpec(data=2, fsdp=4))
-    placed = jax.device_put(params, sharding.shardings(params, sharding.param_specs(boxes, specs.RULES, mesh), mesh))
+    placed = in_shards(boxes, specs.RULES, mesh)
     with sharding.layout(mesh, specs.RULES):
         program = jax.jit(jax.grad(loss, (0, 1))).lower(placed, X)
     assert program.as_text().count("optimization_barrier") == 3, "two kernels, and what comes before the MLP"
@@ -152,7 +153,7 @@ def test_a_frozen_encoder_multiplies_its_kernels_where_they_lie(own):
         with layers.ruled(rules):
             return encoder.apply({"params": params}, ids, mask)
 
-    placed = jax.device_put(params, sharding.shardings(params, sharding.param_specs(boxes, rules, mesh), mesh))
+    placed = in_shards(boxes, rules, mesh)
     batch = jax.device_put((ids, mask), sharding.batch_sharding(mesh, specs.RULES))
     with sharding.layout(mesh, specs.RULES):
         program = jax.jit(embed).lower(placed, *batch).compile()
@@ -188,7 +189,7 @@ def test_a_deep_frozen_encoder_in_bfloat16_stays_near_float32_where_parts_are_su
         with layers.ruled(rules):
             return t5.T5Encoder(**sizes, dtype="bfloat16").apply({"params": params}, ids, mask)
 
-    placed = jax.device_put(params, sharding.shardings(params, sharding.param_specs(boxes, rules, mesh), mesh))
+    placed = in_shards(boxes, rules, mesh)
     batch = jax.device_put((ids, mask), sharding.batch_sharding(mesh, specs.RULES))
     with sharding.layout(mesh, specs.RULES):
         lowered = jax.jit(embed).lower(placed, *batch)
