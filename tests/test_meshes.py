@@ -95,8 +95,7 @@ def trained(stage, sizes):
     for batch in given:
         state, metrics = compiled(state, frozen, batch)
         losses.append(float(metrics["loss"].total / metrics["loss"].weight))
-    with sharding.layout(program.mesh, spec.rules):
-        pictures = task.samples(state.params, frozen, given[0], jax.random.key(0))
+    pictures = program.lower_samples(given[0]).compile()(state.params, frozen, given[0])
     spread = {name: leaf.sharding for name, leaf in trees.named_leaves(state.params).items()}
     leaves = {name: np.asarray(leaf) for name, leaf in trees.named_leaves(state.params).items()}
     return leaves, losses, {name: np.asarray(value) for name, value in pictures.items()}, spread

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Params = Any  # nested dict of arrays
 Batch = Mapping[str, jax.Array]
@@ -70,5 +69,5 @@ class Task(Protocol):
     def evaluate(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
         """Metrics on a held-out batch, without dropout and at fixed mask ratios."""
 
-    def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
-        """Pictures for the log: name -> uint8 [n, h, w, 3]; jitted inside."""
+    def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """Pictures for the log, of a few examples: name -> uint8 [n, h, w, 3]; {} if there is nothing to see."""

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from muse_jax import specs
 from muse_jax.models import lpips, quantizer, vqgan
@@ -36,7 +35,6 @@ class TokenizerTask:
         )
         self.decoder_only = spec.task.trainable == "decoder"
         self.adversarial = spec.task.adversarial > 0
-        self._reconstructed = jax.jit(lambda params, images: self._reconstruct(params, vqgan.to_unit(images))[0])
 
     # -------------------------------------------------------------------------------- parameters
 
@@ -215,12 +213,11 @@ class TokenizerTask:
         _, metrics = self._distance(jnp.clip(output, -1, 1), images, frozen)
         return metrics | self._quantizer_metrics(quantized) | {"loss": metrics["distance"]}
 
-    def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
+    def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """Pictures above, their reconstructions below."""
-        images = np.asarray(batch["image"][:SHOWN])
-        output = self._reconstructed(params, images)
-        output = multihost_utils.process_allgather(vqgan.to_uint8(output), tiled=True)
-        return {"reconstructions": np.concatenate([images, output], axis=1)}
+        images = batch["image"][:SHOWN]
+        output, _ = self._reconstruct(params, vqgan.to_unit(images))
+        return {"reconstructions": jnp.concatenate([images, vqgan.to_uint8(output)], axis=1)}
 
     def _reconstruct(self, params: Params, images: jax.Array) -> tuple[jax.Array, quantizer.Quantized]:
         return self.model.apply({"params": {name: params[name] for name in GENERATOR}}, images)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from muse_jax import specs
 from muse_jax.models import layers, predictors, t5, vqgan
@@ -68,7 +67,6 @@ class TokensTask:
             self.plan = sampler.make_plan(tokens=self.places, grid=spec.model.grid, **dataclasses.asdict(spec.sample))
         except ValueError as error:
             raise specs.SpecError(f"sample: {error}") from error
-        self._drawn = jax.jit(self._draw)  # here, so that every preview has the same program
 
     # -------------------------------------------------------------------------------- parameters
 
@@ -295,13 +293,11 @@ class TokensTask:
             metrics[f"accuracy/ratio_{ratio:.2f}"] = Mean.of(right[index])
         return metrics
 
-    def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, np.ndarray]:
+    def samples(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """The batch's first prompts, drawn as the config's `sample` section says; true pictures above."""
         batch = {name: value[:SAMPLED] for name, value in self.conditioned(batch).items()}
-        drawn = multihost_utils.process_allgather(self._drawn(params, frozen, batch, key), tiled=True)
-        if "image" not in batch:
-            return {"samples": drawn}
-        return {"samples": np.concatenate([np.asarray(batch["image"]), drawn], axis=1)}
+        drawn = self._draw(params, frozen, batch, key)
+        return {"samples": jnp.concatenate([batch["image"], drawn], axis=1) if "image" in batch else drawn}
 
     def _draw(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> jax.Array:
         model = self.spec.model

@@ -129,18 +129,27 @@ def check_config(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> N
     if length is None:
         return
     before, after = length
-    schedules = [new["optimizer"], *new["optimizer"]["overrides"].values()]
-    constant = all(section.get("schedule", "constant") == "constant" for section in schedules)
-    if after < step or (after < before and not constant):
+    if after < step or (after < before and not _constant(new)):
         raise ResumeError(
             f"{LENGTH} was {before} and is now {after}, but {step} steps are done with the learning rates of {before}. "
             f"Change it back to go on, or choose another --workdir."
         )
-    if not constant:
+
+
+def warn_if_longer(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> None:
+    """Says that the rest of a run, whose configs have been checked, follows another schedule than its beginning."""
+    before, after = (config["train"]["steps"] for config in (old, new))
+    if before != after and not _constant(new):
         logging.warning(
             "train.steps was %d and is now %d: from step %d on the learning rate follows the longer schedule. "
             "The result is not that of a run with %d steps from the start.", before, after, step, after
         )  # fmt: skip
+
+
+def _constant(config: Mapping[str, Any]) -> bool:
+    """Whether the learning rates are the same at every step, whatever the number of steps."""
+    schedules = [config["optimizer"], *config["optimizer"]["overrides"].values()]
+    return all(section.get("schedule", "constant") == "constant" for section in schedules)
 
 
 def _same_batches(old: Any, new: Any, step: int) -> bool:

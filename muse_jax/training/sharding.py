@@ -251,14 +251,6 @@ def put(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree)
 
 
-def put_everywhere(tree: Any, sharding: NamedSharding) -> Any:
-    """Like `put`; with several processes each device holds the whole, so that any of them can read it."""
-    arrays = put(tree, sharding)
-    if jax.process_count() == 1:
-        return arrays
-    return jax.jit(lambda tree: tree, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(arrays)
-
-
 def take(array: jax.Array) -> np.ndarray:
     """This process's rows of a global array that is split by its first axis: the inverse of `put`."""
     if jax.process_count() == 1:

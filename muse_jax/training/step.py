@@ -131,6 +131,12 @@ class Program:
             index = jax.ShapeDtypeStruct((), jnp.int32)
             return jax.jit(self.evaluate).lower(self.state.params, self.frozen, batch, index)
 
+    def lower_samples(self, batch: Any) -> Any:
+        """The lowered drawing of pictures for the log (params, frozen, batch) -> {name: pictures}, whole everywhere."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        with sharding.layout(self.mesh, self.spec.rules):
+            return jax.jit(self.samples, out_shardings=everywhere).lower(self.state.params, self.frozen, batch)
+
     def abstract_batch(self, batch: Mapping[str, Any]) -> Any:
         """Shapes, dtypes and shardings of a batch of which each process has its part on the host."""
         _, parts = sharding.process_part(self.batch_sharding, self.spec.train.batch_size)
@@ -231,6 +237,10 @@ class Program:
         """The task's metrics on held-out batch `index`; the same every time for the same parameters."""
         key = jax.random.fold_in(stream_key(self.spec.seed, EVALUATE), index)
         return self.task.evaluate(params, frozen, batch, key)
+
+    def samples(self, params: Any, frozen: Any, batch: Any) -> Any:
+        """The task's pictures; from the same random numbers every time, so that progress can be seen."""
+        return self.task.samples(params, frozen, batch, stream_key(self.spec.seed, SAMPLES))
 
 
 def _apply(label: str, param: jax.Array, update: jax.Array) -> jax.Array:

@@ -170,6 +170,7 @@ class _Run:
         self.mesh = sharding.make_mesh(spec.mesh)
         frozen = task.frozen()
         self.program = steps.Program(spec, task, self.mesh, frozen)
+        self._check_room()
         self.frozen = sharding.place(sharding.unbox(frozen), steps.shardings_of(self.program.frozen))
         self.identity = {"config": specs.to_config(spec), "data": data, "frozen": trees.fingerprints(self.frozen)}
         hosts.check_same("what is trained on", {"data": data, **self.identity["frozen"]})
@@ -196,7 +197,6 @@ class _Run:
         self.stop.begin(hosts.from_leader("looking for checkpoints", lambda: max(reading.steps_in(folder), default=0)))
         self.checkpoints = Checkpoints(self.workdir, self.spec.checkpoint.keep, self.spec.deadlines.save / 2)
         stack.enter_context(_closing(self.checkpoints))
-        self._check_room()
         self._restore_or_init()
         expected = steps.checkpoint_items(self.program.state)
         replicas.check_bytes(steps.checkpoint_items(self.state), expected, self.mesh, self.spec.mesh.most_bytes)
@@ -233,6 +233,8 @@ class _Run:
             self.state = self.program.initial()
             return
         items, meta = restored
+        if hosts.leads():
+            resume.warn_if_longer(specs.completed(meta["config"]), self.identity["config"], meta["step"])
         self.step = self.saved = meta["step"]
         self.nonfinite, self.in_a_row = meta["nonfinite"], meta["in_a_row"]
         self.compiled_as = meta.get("compiled")  # checkpoints of older versions don't say
@@ -248,7 +250,7 @@ class _Run:
             resume.check_fingerprints(what, meta[key], self.identity[key], "bring back what it was started with")
 
     def _compile(self, make_batches: Any, eval_batches: Any, stack: contextlib.ExitStack) -> None:
-        """Compiles the step and the evaluation ahead, so that no later call compiles anything else."""
+        """Compiles all programs ahead: no later call compiles anything, and what can't run is known at once."""
         self.watch.enter("data", self.step)
         self.held_out = [dict(batch) for batch in eval_batches()]
         if self.step < self.spec.train.steps:
@@ -265,7 +267,7 @@ class _Run:
             if self.step < self.spec.train.steps:
                 self._compile_step(batch)
             if self.held_out:
-                self._compile_evaluation()
+                self._compile_evaluation_and_samples()
         seconds = time.monotonic() - began
         self.logs.say(f"compiled in {seconds:.1f} s")
         self._log({"compile_seconds": seconds})
@@ -284,12 +286,15 @@ class _Run:
                 "as without the change", self.step, changed
             )  # fmt: skip
 
-    def _compile_evaluation(self) -> None:
-        state, batch = self.program.state, self.program.abstract_batch(self.held_out[0])
-        others = executable.device_bytes(state) - executable.device_bytes(state.best)
-        self.evaluate = executable.fitting(
-            "the evaluation", lambda: self.program.lower_evaluate(batch).compile(), others, self.mesh
-        )
+    def _compile_evaluation_and_samples(self) -> None:
+        program, batch = self.program, self.program.abstract_batch(self.held_out[0])
+        others = executable.device_bytes(program.state) - executable.device_bytes(program.state.best)
+
+        def fitting(what: str, lower: Callable[[Any], Any]) -> Any:
+            return executable.fitting(what, lambda: lower(batch).compile(), others, self.mesh)
+
+        self.evaluate = fitting("the evaluation", program.lower_evaluate)
+        self.draw = fitting("the drawing of samples", program.lower_samples)
 
     def _check_batch(self, batch: Mapping[str, Any]) -> None:
         size = self.spec.train.batch_size
@@ -509,10 +514,8 @@ class _Run:
                 absl.logging.warning("no samples of step %d, training goes on without them: %s", self.step, what)
 
     def _draw(self) -> None:
-        key = steps.stream_key(self.spec.seed, steps.SAMPLES)
-        batch = sharding.put_everywhere(self.held_out[0], self.program.batch_sharding)
-        with sharding.layout(self.mesh, self.spec.rules):
-            pictures = self.task.samples(self.state.best, self.frozen, batch, key)
+        batch = sharding.put(self.held_out[0], self.program.batch_sharding)
+        pictures = jax.device_get(self.draw(self.state.best, self.frozen, batch))
         if pictures:
             self.logs.images(self.step, pictures)
 

@@ -66,7 +66,7 @@ def test_unlabelled_pictures_are_of_no_class(task):
 
 def test_samples_are_pictures_of_the_batchs_classes(task, state):
     params, batch, _ = state
-    pictures = task.samples(params, task.frozen(), batch, jax.random.key(0))["samples"]
+    pictures = jax.jit(task.samples)(params, task.frozen(), batch, jax.random.key(0))["samples"]
     assert pictures.shape == (8, 2 * 32, 32, 3)
 
 

@@ -205,6 +205,6 @@ def test_fine_tuning_another_tokenizer_is_refused_with_the_parameter(trained):
 def test_samples_show_pictures_above_their_reconstructions():
     task = build(tiny("tokenizer_low"))
     data = batch(32)
-    shown = task.samples(random_params(task), {}, data, jax.random.key(0))["reconstructions"]
+    shown = jax.jit(task.samples)(random_params(task), {}, data, jax.random.key(0))["reconstructions"]
     assert shown.shape == (4, 64, 32, 3)
     assert np.array_equal(shown[:, :32], np.asarray(data["image"]))

@@ -123,14 +123,6 @@ def test_micro_batches_drop_out_other_units(base, params):
         assert (first == other) == (dropout == 0)
 
 
-def test_previews_have_one_program(base, params):
-    task = stages.build_task(base.spec, lambda path: tokenizer_stage("tokenizer_low"))
-    batch = make_batch(base)
-    for seed in range(2):
-        task.samples(params, task.frozen(), batch, jax.random.key(seed))
-    assert task._drawn._cache_size() == 1
-
-
 def test_no_gradient_comes_from_places_that_are_not_scored(base, params):
     """The loss is blind to what stands at visible places: their labels may be anything."""
     batch = make_batch(base)
@@ -233,7 +225,8 @@ def test_evaluation_scores_fixed_ratios(base, params):
 def test_samples_are_pictures_beside_the_true_ones(stage, base, superres):
     task = {"base": base, "superres": superres}[stage]
     size = task.spec.data.image_size
-    pictures = task.samples(random_params(task), task.frozen(), make_batch(task), jax.random.key(0))["samples"]
+    samples = jax.jit(task.samples)
+    pictures = samples(random_params(task), task.frozen(), make_batch(task), jax.random.key(0))["samples"]
     assert pictures.shape == (BATCH, 2 * size, size, 3)
     assert pictures.dtype == np.uint8
 
@@ -287,7 +280,7 @@ def test_paella_learns_and_draws_by_the_same_task(paella):
     assert float(jnp.abs(grads["text_encoder"]["token_embedder"]["embedding"]).max()) > 0
     assert float(metrics["loss"].value()) < 2 * np.log(paella.spec.model.codebook_size)
     assert np.isfinite(float(paella.evaluate(params, paella.frozen(), batch, jax.random.key(0))["loss"].value()))
-    pictures = paella.samples(params, paella.frozen(), batch, jax.random.key(0))["samples"]
+    pictures = jax.jit(paella.samples)(params, paella.frozen(), batch, jax.random.key(0))["samples"]
     assert pictures.shape == (BATCH, 64, 32, 3)
 
 

@@ -12,6 +12,7 @@ import types
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 import pytest
 import toys
 
@@ -165,13 +166,27 @@ class HungryEvaluation(toys.Masked):
         return jax.tree.map(lambda m: m + hungry(params["head"]["kernel"]), super().evaluate(params, *args))
 
 
+class HungrySamples(toys.Masked):
+    def samples(self, params, *args):
+        return jax.tree.map(
+            lambda x: x + hungry(params["head"]["kernel"]).astype(x.dtype), super().samples(params, *args)
+        )
+
+
 @pytest.fixture
 def _small(monkeypatch):
     monkeypatch.setattr(executable, "limit", lambda _: BUDGET)
 
 
 @pytest.mark.usefixtures("_small")
-@pytest.mark.parametrize(("task", "said"), [(HungryStep, "the train step"), (HungryEvaluation, "the evaluation")])
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (HungryStep, "the train step"),
+        (HungryEvaluation, "the evaluation"),
+        (HungrySamples, "the drawing of samples"),
+    ],
+)
 def test_a_program_that_has_no_room_ends_the_run_before_its_first_step(tmp_path, task, said):
     with pytest.raises(executable.DeviceMemoryError) as error:
         toys.train(toys.spec(), tmp_path, task())
@@ -212,6 +227,20 @@ def test_a_state_that_has_no_room_is_not_even_made(tmp_path, monkeypatch):
     monkeypatch.setattr(executable, "limit", lambda _: 1000)
     with pytest.raises(executable.DeviceMemoryError, match=r"the state takes .* MiB parameters, .*more devices"):
         toys.train(toys.spec(), tmp_path)
+
+
+def test_frozen_networks_that_have_no_room_are_not_even_placed(tmp_path, monkeypatch):
+    class Large(toys.Masked):
+        def frozen(self):
+            return {"network": np.zeros((4 * 2**20,), np.float32)}
+
+    def place(*_):
+        raise AssertionError("placed")
+
+    monkeypatch.setattr(executable, "limit", lambda _: BUDGET)
+    monkeypatch.setattr(sharding, "place", place)
+    with pytest.raises(executable.DeviceMemoryError, match=r"the state takes .* 16\.0 MiB frozen networks"):
+        toys.train(toys.spec(), tmp_path, Large())
 
 
 def test_a_compiler_that_finds_no_room_is_understood(tmp_path, monkeypatch):

@@ -193,7 +193,7 @@ def test_a_disk_that_is_full_for_one_of_them_for_a_while(two, tmp_path):
 
 
 @pytest.mark.slow
-def test_samples_that_one_of_them_cannot_draw_end_both(tmp_path):
+def test_samples_that_one_of_them_cannot_compile_end_both(tmp_path):
     """One process alone would only do without; of two the other one may be waiting for it."""
     ended = finish(start(tmp_path, environment=[{}, {"TOY_UNDRAWABLE": "1"}], **{"train.sample_every": 4}))
     assert [code for code, _ in ended] == [1, 1], ended

@@ -106,7 +106,7 @@ class Masked:
     def samples(self, params, frozen, batch, key):
         if "TOY_UNDRAWABLE" in os.environ:
             raise ValueError("it can't be drawn")
-        return {"tokens": np.asarray(batch["tokens"], np.uint8)[:, :, None, None].repeat(3, -1)}
+        return {"tokens": batch["tokens"].astype(jnp.uint8)[:, :, None, None].repeat(3, -1)}
 
 
 class Adversaries:
