@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from absl import flags, logging
 from etils import epath
 
-from muse_jax.training import hosts, replicas, trees
+from muse_jax.training import executable, hosts, replicas, trees
 from muse_jax.training.reading import (
     FORMAT,
     CheckpointError,
@@ -39,7 +39,8 @@ from muse_jax.training.stage import Stage, StageError, load_stage, save_stage
 
 __all__ = ["CheckpointError", "Checkpoints", "Stage", "StageError", "load_stage", "read_meta", "save_stage"]
 
-ITEMS = ("params", "ema", "optimizer", "meta")
+META = "meta"
+ITEMS = ("params", "ema", "optimizer", META)
 TRASH = ".todelete"  # what is deleted is renamed into this first: half a deletion must not look like a step
 MOST_FAILURES = 3  # saves that may fail one after the other
 SAVED = ".saved"  # beside checkpoints/, with the newest step: that there was a checkpoint once
@@ -50,10 +51,18 @@ _PROBED = 2**16  # bytes that a disk must take before a save begins
 class Checkpoints:
     """The checkpoints of one run, which holds the workdir's lock."""
 
-    def __init__(self, workdir: Any, keep: int, seconds: float = 1200):
-        """`seconds`: after which a save that is under way has failed; 0: never."""
+    def __init__(self, workdir: Any, keep: int, items: Mapping[str, Mapping[str, Any]], seconds: float = 1200):
+        """Looks whether checkpoints can be written, and removes what a killed run left half written.
+
+        Args:
+          workdir: the run's.
+          keep: so many are kept, the newest.
+          items: what will be saved, {item: {leaf's name: array or ShapeDtypeStruct with sharding}}.
+          seconds: after which a save that is under way has failed; 0: never.
+        """
         self.folder = checkpoints_in(workdir)
         self.keep, self.seconds = keep, math.ceil(seconds) or _NEVER
+        self._at_once = _written_at_once([leaf for leaves in items.values() for leaf in leaves.values()])
         self.failures = 0
         self._saving: int | None = None
         self._opened = 0
@@ -104,6 +113,16 @@ class Checkpoints:
             flags.FLAGS["experimental_orbax_use_distributed_barrier"].value = True
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
+        # After a failure some processes may have passed barriers that others have not.
+        processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"open-{self._opened}")
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for item in ITEMS:
+            handler: Any = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
+            if item != META:
+                handler = ocp.StandardCheckpointHandler(
+                    save_concurrent_gb=self._at_once / 1e9, multiprocessing_options=processes
+                )
+            handlers.add(item, ocp.args.JsonSave if item == META else ocp.args.StandardSave, handler)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self.keep,
             cleanup_tmp_directories=sweep,  # of a run that was killed; we hold the lock
@@ -111,10 +130,9 @@ class Checkpoints:
             enable_async_checkpointing=True,
             should_save_fn=lambda *_: True,
             async_options=ocp.AsyncOptions(timeout_secs=self.seconds),
-            # After a failure some processes may have passed barriers that others have not.
-            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"open-{self._opened}"),
+            multiprocessing_options=processes,
         )
-        return ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+        return ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
 
     def save(self, step: int, items: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
         """Starts to save {item: {leaf's name: array}}; the arrays must stay as they are until it is done.
@@ -293,6 +311,20 @@ class Checkpoints:
         """Waits for what is being saved; errors are raised."""
         self.finish()
         self._manager.close()
+
+
+def _written_at_once(leaves: Iterable[Any]) -> int:
+    """Bytes that this process compresses and writes at a time: twice its largest array, or a sixteenth of all.
+
+    Orbax would take all at once, for which the host needs as much memory again.
+    """
+
+    def held(leaf: Any) -> int:
+        whole = leaf.size * leaf.dtype.itemsize
+        return min(whole, len(leaf.sharding.addressable_devices) * executable.device_bytes(leaf))
+
+    sizes = [held(leaf) for leaf in leaves]
+    return max(2 * max(sizes), sum(sizes) // 16)
 
 
 def _read_together(what: str, read: Callable[[], Any]) -> Any:

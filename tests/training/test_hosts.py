@@ -193,6 +193,17 @@ def test_a_disk_that_is_full_for_one_of_them_for_a_while(two, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_clock_of_one_of_them_decides_nothing(two, tmp_path, process):
+    clocks = [{"TOY_CLOCK_AHEAD": str(24 * 3600 if index == process else 0)} for index in range(2)]
+    ended = finish(start(tmp_path, environment=clocks))
+    assert [code for code, _ in ended] == [0, 0], ended
+    kept = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (tmp_path, two)]
+    assert kept[0] == kept[1]
+    assert fingerprints(tmp_path, 12) == fingerprints(two, 12)
+
+
+@pytest.mark.slow
 def test_samples_that_one_of_them_cannot_compile_end_both(tmp_path):
     """One process alone would only do without; of two the other one may be waiting for it."""
     ended = finish(start(tmp_path, environment=[{}, {"TOY_UNDRAWABLE": "1"}], **{"train.sample_every": 4}))

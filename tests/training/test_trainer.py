@@ -30,8 +30,9 @@ def program_of(run, task=None):
 def state_of(workdir, run, task=None):
     """The whole state of a workdir's newest checkpoint."""
     program, _ = program_of(run, task)
-    checkpoints = Checkpoints(workdir, keep=9)
-    items, meta = checkpoints.restore(steps.checkpoint_items(program.state), lambda _: None)
+    wanted = steps.checkpoint_items(program.state)
+    checkpoints = Checkpoints(workdir, 9, wanted)
+    items, meta = checkpoints.restore(wanted, lambda _: None)
     checkpoints.close()
     return steps.from_items(program.state, items, meta["step"]), meta
 
