@@ -15,6 +15,7 @@ if __name__ == "__main__":
     process.reexec_with_malloc_settings()  # before jax is imported
 
 import math
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -69,6 +70,12 @@ def summary(format_name: str, out: str, manifest: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _bucket_errors() -> tuple[type[Exception], ...]:
+    """Of TensorFlow, through which etils reads buckets; none where it wasn't loaded."""
+    errors = getattr(sys.modules.get("tensorflow"), "errors", None)
+    return (errors.OpError,) if errors else ()
+
+
 def main(argv: Sequence[str]) -> None:
     process.quiet()
     if len(argv) > 1:
@@ -79,9 +86,10 @@ def main(argv: Sequence[str]) -> None:
     missing = [name for name, flag in (("from", _FROM), ("path", _PATH), ("out", _OUT)) if not flag.value]
     if missing:
         raise app.UsageError(f"--{missing[0]} is missing; --list shows the formats")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the draft is removed
     try:
         manifest = import_weights(_FROM.value, _PATH.value, _OUT.value, _DTYPE.value)
-    except (WeightsError, OSError) as error:
+    except (WeightsError, OSError, *_bucket_errors()) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
     print(summary(_FROM.value, _OUT.value, manifest))

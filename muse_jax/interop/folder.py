@@ -10,6 +10,8 @@ import dataclasses
 import json
 import math
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ from muse_jax.training import trees
 
 FORMAT = 1
 PARAMS, MANIFEST, VOCABULARY = "params.safetensors", "weights.json", "spiece.model"
+_ABANDONED = 3600  # seconds
 DTYPES = {"source": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -80,8 +83,10 @@ def write(out: Any, converted: Converted, origin: Mapping[str, str], dtype: str 
     """
     out = epath.Path(out if "://" in os.fspath(out) else os.path.realpath(out))
     _check_replaceable(out, converted.vocabulary)
-    draft, previous = (out.parent / f".{out.name}.{os.getpid()}.{end}" for end in ("draft", "previous"))
-    draft.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
+    name = f".{out.name}.{uuid.uuid4().hex[:8]}"
+    draft, previous = (out.parent / f"{name}.{end}" for end in ("draft", "previous"))
+    draft.mkdir(parents=True)
     try:
         written = _write_params(draft / PARAMS, converted.leaves, DTYPES[dtype], origin.get("path", out.name))
         if converted.vocabulary is not None:
@@ -89,15 +94,33 @@ def write(out: Any, converted: Converted, origin: Mapping[str, str], dtype: str 
         manifest = {"format": FORMAT, "kind": converted.kind, "origin": dict(origin)}
         manifest |= {"model": dict(converted.model), "tensors": written}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        if out.exists():
-            out.rename(previous)
-        draft.rename(out)
-        if previous.exists():
-            previous.rmtree()
+        _replace(out, draft, previous)
     finally:
         if draft.exists():
             draft.rmtree()
     return manifest
+
+
+def _replace(out: epath.Path, draft: epath.Path, previous: epath.Path) -> None:
+    """Moves the draft to `out`; what was there stays if that fails."""
+    if out.exists():
+        out.rename(previous)
+    try:
+        draft.rename(out)
+    except BaseException:
+        if previous.exists():
+            previous.rename(out)
+        raise
+    if previous.exists():
+        previous.rmtree()
+
+
+def _sweep(out: epath.Path) -> None:
+    """Removes drafts of imports that were killed: those in which nothing has been written for long."""
+    for draft in out.parent.glob(f".{out.name}.*.draft"):
+        newest = max((file.stat().mtime for file in (draft, *draft.iterdir())), default=0)
+        if time.time() - newest > _ABANDONED:
+            draft.rmtree()
 
 
 def _check_replaceable(out: epath.Path, vocabulary: bytes | None) -> None:

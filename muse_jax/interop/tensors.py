@@ -110,6 +110,8 @@ def open_safetensors(path: Any) -> dict[str, SafeTensor]:
             header = json.loads(file.read(length).decode("utf-8"))
             header.pop("__metadata__", None)
             entries = {name: _entry(name, value) for name, value in header.items()}
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WeightsError(f"{path} is no safetensors file: its header can't be read ({error}).") from error
     _check_extents(path, {name: extent for name, (_, _, extent) in entries.items()}, size - 8 - length)
@@ -121,7 +123,7 @@ def open_safetensors(path: Any) -> dict[str, SafeTensor]:
 
 def _entry(name: str, value: Mapping[str, Any]) -> tuple[tuple[int, ...], np.dtype, tuple[int, int]]:
     if value["dtype"] not in _DTYPES:
-        raise ValueError(f"{name} has the dtype {value['dtype']!r}, expected one of {', '.join(_DTYPES)}")
+        raise WeightsError(f"{name} has the dtype {value['dtype']!r}, expected one of {', '.join(_DTYPES)}.")
     dtype = np.dtype(_DTYPES[value["dtype"]])
     numbers = [*value["shape"], *value["data_offsets"]]
     if not all(type(number) is int and number >= 0 for number in numbers):

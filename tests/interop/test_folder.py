@@ -1,6 +1,7 @@
 """The folder that is written: whole or not at all, block by block; and read: by each device its part."""
 
 import json
+import os
 import tracemalloc
 import types
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file, save_file
 from small import IDS, MASK, our_params, spec_of
 
@@ -189,6 +191,34 @@ def test_nothing_is_left_of_what_fails(tmp_path):
     folder.write(tmp_path / "out", converted({"a": params["a"] * 2}), {})
     assert load_file(tmp_path / "out" / folder.PARAMS)["a"][0, 0] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_move_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    folder.write(tmp_path / "out", converted({"a": np.ones(2, "f4")}), {})
+    rename = type(epath.Path(tmp_path)).rename
+
+    def failing(self, target):
+        if self.name.endswith(".draft"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(epath.Path(tmp_path)), "rename", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            folder.write(tmp_path / "out", converted({"a": np.zeros(2, "f4")}), {})
+    assert load_file(tmp_path / "out" / folder.PARAMS)["a"][0] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_drafts_of_killed_imports_are_swept_and_those_at_work_are_not(tmp_path):
+    old, new = (tmp_path / f".out.{name}.draft" for name in ("old", "new"))
+    for draft in (old, new):
+        draft.mkdir()
+        (draft / folder.PARAMS).write_text("half")
+    for path in (old / folder.PARAMS, old):
+        os.utime(path, (0, 0))
+    folder.write(tmp_path / "out", converted({"a": np.ones(2, "f4")}), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.new.draft", "out"]
 
 
 def test_something_else_is_not_overwritten(tmp_path):

@@ -1,5 +1,7 @@
 """T5X checkpoints, written in their layout; where t5x is installed, its own network and its embeddings."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -42,6 +44,17 @@ def test_bfloat16_stays_bfloat16(tmp_path):
 
 def _lose_chunk(path):
     (path / QUERY / "0.1").unlink()
+
+
+def _unlink_chunk(path):
+    """Listed, and not there."""
+    (path / QUERY / "0.1").unlink()
+    (path / QUERY / "0.1").symlink_to(path / "nowhere")
+
+
+def _lie_about_the_shape(path):
+    about = path / QUERY / ".zarray"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "shape": [2**40, 2**40], "chunks": [1, 1]}))
 
 
 def _rename_chunk(path):
@@ -98,6 +111,8 @@ def _filter(path):
     ("damage", "message"),
     [
         (_lose_chunk, f"{QUERY} lacks the chunk 0.1: found 3 chunks; expected 4 for \\(24, 30\\)"),
+        (_unlink_chunk, f"{QUERY} can't be read, it is damaged: .*chunk {{0, 1}}"),
+        (_lie_about_the_shape, f"{QUERY} lacks the chunk 0.2: found 4 chunks; expected .* for \\(1099511627776, "),
         (_rename_chunk, f"{QUERY} lacks the chunk 1.1: found 4 chunks; expected 4"),
         (_edit_description("[" * 100_000), f"{QUERY} has no .zarray that can be read"),
         (_change_version, "has version '3' of T5X's layout"),
