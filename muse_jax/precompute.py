@@ -12,7 +12,11 @@ with the next shard. With --epochs=N there are N different crops, flips and capt
 epochs of the run see what they would have seen. Tokens of other tokenizers, crops or sizes than the run's are
 refused when it starts.
 
-Exit codes: 0 done; 1 an error, said in one message where it is the config's or the data's.
+The data's own filters (data.min_side, data.max_aspect) leave out what the tokens then lack; the run that trains on the
+tokens has none.
+
+Exit codes: 0 done; 1 an error, said in one message where it is the config's, the data's or another process's; 124
+stuck for longer than the config's `deadlines` allow.
 """
 
 from muse_jax import process
@@ -24,7 +28,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
+import os
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any
@@ -42,6 +46,7 @@ from muse_jax.data import precomputed_source as records
 from muse_jax.data.loader import Batches
 from muse_jax.specs import SpecError
 from muse_jax.training import checkpoint, hosts, resume, sharding
+from muse_jax.training.watchdog import Watchdog
 
 SPLITS = ("train", "eval")
 PER_SHARD = 8192
@@ -93,41 +98,60 @@ def precompute(
     spec = _checked(spec, text_embeddings, epochs, per_shard)
     if not out:
         raise SpecError("--out is empty; name a folder for the shards.")
+    out = os.path.expanduser(out)
+    with Watchdog(spec.deadlines) as watch, hosts.telling(watch.described):
+        _precompute(spec, out, text_embeddings, epochs, per_shard, watch)
+    return array_records.read_manifest(out, "tokens")[1]
+
+
+def _precompute(
+    spec: specs.Spec, out: str, text_embeddings: bool, epochs: int, per_shard: int, watch: Watchdog
+) -> None:
     vocabulary = data.make_vocabulary(spec.data)
     train.check_vocabulary(spec, vocabulary)
     task = _task(spec, text_embeddings)
-    batches = {split: _batches(spec, split) for split in SPLITS}
-    worked = {"train": epochs, "eval": 1}
+    batches = {split: _batches(spec, split) for split in SPLITS if split == "train" or spec.train.eval_batches}
+    worked = {"train": epochs}
+    if "eval" in batches:
+        examples = spec.train.eval_batches * spec.train.batch_size
+        worked["eval"] = math.ceil(examples / len(batches["eval"][0])) if _draws(spec.data) else 1
     plan = {
         "key": precomputed.key(spec, task, vocabulary),
-        "data": {split: batches[split][0].fingerprint() for split in SPLITS},
+        "data": {split: source.fingerprint() for split, (source, _) in batches.items()},
         "epochs": worked,
         "per_shard": per_shard,
         "seed": spec.seed,
         "text_embeddings": text_embeddings,
     }
     folder = epath.Path(out)
-    if jax.process_index() == 0:
-        array_records.check(folder, plan)  # before the lock, which leaves its file
-    with _alone(folder) if jax.process_index() == 0 else contextlib.nullcontext():
-        if jax.process_index() == 0:
-            array_records.begin(folder, plan)
-            array_records.sweep(folder)
-        _together("begun")
-        if not array_records.begin(folder, plan):
-            work = [one for split in SPLITS for one in _work(split, len(batches[split][0]), worked[split], per_shard)]
-            features = _features(spec, task, text_embeddings)
-            made = {split: made for split, (_, made) in batches.items()}
-            _Computer(spec, task, vocabulary, made, features).run(folder, work)
-            _together("computed")
-            if jax.process_index() == 0:
-                parts = [json.loads(one.part(folder).read_text()) for one in work]
-                more = {"key": plan["key"], "epochs": worked, "features": features, "seed": spec.seed}
-                if spec.data.vocabulary in ("", "captions"):  # the data's own, of which the records lack some captions
-                    more["vocabulary"] = vocabulary.to_json()
-                array_records.write_manifest(folder, "tokens", parts, **more)
-        _together("written")
-    return array_records.read_manifest(out, "tokens")[1]
+    with contextlib.ExitStack() as stack:
+        if hosts.from_leader("beginning the shards", lambda: _begun(folder, plan, stack)):
+            return
+        work = [one for split in batches for one in _work(split, len(batches[split][0]), worked[split], per_shard)]
+        features = _features(spec, task, text_embeddings)
+        made = {split: made for split, (_, made) in batches.items()}
+        watch.enter("restore", 0)
+        _Computer(spec, task, vocabulary, made, features, watch).run(folder, work)
+        watch.enter("save", len(work))
+        hosts.everywhere("computing the shards", lambda: None)  # until all are there
+
+        def write_manifest() -> None:
+            parts = [json.loads(one.part(folder).read_text()) for one in work]
+            more = {"key": plan["key"], "epochs": worked, "features": features, "seed": spec.seed}
+            if spec.data.vocabulary in ("", "captions"):  # the data's own, of which the records lack some captions
+                more["vocabulary"] = vocabulary.to_json()
+            array_records.write_manifest(folder, "tokens", parts, **more)
+
+        hosts.from_leader("writing the manifest", write_manifest)
+
+
+def _begun(folder: epath.Path, plan: Mapping[str, Any], stack: contextlib.ExitStack) -> bool:
+    """Makes the folder, or finds it; returns whether there is nothing left to do."""
+    array_records.check(folder, plan)  # before the lock, which leaves its file
+    stack.enter_context(_alone(folder))
+    finished = array_records.begin(folder, plan)
+    array_records.sweep(folder)
+    return finished
 
 
 def _checked(spec: specs.Spec, text_embeddings: bool, epochs: int, per_shard: int) -> specs.Spec:
@@ -144,10 +168,14 @@ def _checked(spec: specs.Spec, text_embeddings: bool, epochs: int, per_shard: in
         raise SpecError(f"--epochs is {epochs}; expected at least 1.")
     if per_shard < 1:
         raise SpecError(f"--per_shard is {per_shard}; expected at least 1.")
-    captioned_once = spec.data.name not in ("tfds", "array_record")
-    if epochs > 1 and spec.data.crop == "center" and not spec.data.flip and captioned_once:
+    if epochs > 1 and not _draws(spec.data):
         raise SpecError(f"--epochs is {epochs}, but with data.crop='center' and no flip all are alike; leave it out.")
     return spec
+
+
+def _draws(data_spec: specs.DataSpec) -> bool:
+    """Whether a picture's crop, flip or caption is drawn anew in each epoch."""
+    return data_spec.crop != "center" or data_spec.flip or data_spec.name in ("tfds", "array_record")
 
 
 def _task(spec: specs.Spec, text_embeddings: bool) -> Any:
@@ -214,7 +242,9 @@ class _Computer:
         vocabulary: Any,
         batches: Mapping[str, Batches],
         features: Mapping[str, Any],
+        watch: Watchdog,
     ):
+        self._watch, self._done = watch, 0  # batches
         self._batches, self._features = batches, features
         self._vocabulary, self._text_length = vocabulary, spec.data.text_length
         self._rows = spec.train.batch_size // jax.process_count()
@@ -249,13 +279,17 @@ class _Computer:
         with futures.ThreadPoolExecutor(1) as loading, array_records.ShardWriter(folder, one.name) as writer:
             ahead = loading.submit(self._load, one, starts[0])
             for start, following in zip(starts, [*starts[1:], None], strict=True):
+                self._watch.enter("data", self._done)
                 batch = ahead.result()
+                self._watch.enter("step" if self._done else "compile", self._done)
                 made = self._start(batch)
                 if following is not None:  # loaded while the devices compute
                     ahead = loading.submit(self._load, one, following)
                 found = {name: sharding.take(value) for name, value in made.items()}
+                self._done += 1
                 if wanted:
                     self._write(writer, {**batch, **found}, min(one.last - start, self._rows))
+            self._watch.enter("save", self._done)
             shard = writer.finish() if wanted else None
         if shard:
             array_records.write_json(one.part(folder), {"shards": {one.split: dataclasses.asdict(shard)}})
@@ -282,11 +316,6 @@ def _alone(folder: epath.Path) -> Any:
     return contextlib.nullcontext() if "://" in str(folder) else resume.lock(folder, "--out")
 
 
-def _together(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"muse_jax.precompute {name}")
-
-
 def main(argv: Sequence[str]) -> None:
     process.quiet()
     if len(argv) > 1:
@@ -301,9 +330,8 @@ def main(argv: Sequence[str]) -> None:
             epochs=_EPOCHS.value,
             per_shard=_PER_SHARD.value,
         )
-    except (*train.MENDABLE, ValueError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        hosts.leave(1)
+    except Exception as error:
+        train.fail(error, (*train.MENDABLE, ValueError, OSError))
     if not hosts.leads():
         return
     for split, found in manifest["splits"].items():

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from muse_jax import specs
@@ -74,6 +75,11 @@ def check(spec: specs.Spec, task: Any, source: Any, vocabulary: Any) -> None:
                 "config, or bring back what it was made with."
             )
         _check_text(spec, expected["text"], one.key["text"], f"{path}.path")
+        if one.seed != spec.seed and (section.crop != "center" or section.flip):
+            logging.warning(
+                "%s.path was precomputed with seed %d, and this run's is %d: the crops are not those of its own.",
+                path, one.seed, spec.seed
+            )  # fmt: skip
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any], path: str) -> Iterator[str]:

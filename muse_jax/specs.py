@@ -799,7 +799,7 @@ def _check_data(data: DataSpec, path: str = "data") -> None:
     if (data.min_side or data.max_aspect) and data.name not in FILTERED:
         raise SpecError(
             f"{path}.min_side and {path}.max_aspect filter {' and '.join(map(repr, FILTERED))}, not {data.name!r}; "
-            "set them to 0, or filter with muse_jax.convert."
+            "set them to 0, or filter with muse_jax.convert. Precomputed tokens were filtered when they were made."
         )
     if data.max_aspect and not data.max_aspect >= 1:
         raise SpecError(

@@ -24,7 +24,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags
@@ -198,17 +198,22 @@ def main(argv: Sequence[str]) -> None:
         print(f"{stopped}: {_WORKDIR.value}", file=sys.stderr)
         sys.exit(stopped.exit_code)
     except Exception as error:
-        if not isinstance(error, MENDABLE):
-            if not hosts.several():
-                raise
-            traceback.print_exc()
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        hosts.leave(1)
+        fail(error, MENDABLE)
     if not hosts.leads():
         return
     state = "was finished already, nothing to do" if result.was_finished else "finished"
     shown = {name: round(result.metrics[name], 4) for name in ("loss", "eval/loss") if name in result.metrics}
     print(f"{_WORKDIR.value} {state}: step {result.step}, {shown}")
+
+
+def fail(error: Exception, mendable: tuple[type[Exception], ...]) -> NoReturn:
+    """Ends this process, alone or of several, with the error being handled; a traceback comes if it isn't mendable."""
+    if not isinstance(error, mendable):
+        if not hosts.several():
+            raise error
+        traceback.print_exc()
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    hosts.leave(1)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

@@ -282,29 +282,83 @@ def test_embeddings_of_other_texts_are_refused(made, embeddings, high_tokens):
 @pytest.mark.slow
 def test_two_processes_make_the_same_records(made, high_tokens, tmp_path):
     """Each loads and writes its own shards, of which there is an odd number."""
-    config = tmp_path / "config.py"
-    values = specs.to_config(superres(made))
-    config.write_text(f"import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({values})\n")
-    out, port = tmp_path / "out", portpicker.pick_unused_port()
-    command = [sys.executable, "-m", "muse_jax.precompute", f"--config={config}", f"--out={out}", "--epochs=2"]
-    command += ["--per_shard=9", f"--coordinator=localhost:{port}", "--num_processes=2"]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}
-    ranks = [
-        subprocess.Popen(
-            [*command, f"--process_id={index}"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    said = [rank.communicate(timeout=500)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    out = tmp_path / "out"
+    codes, said = of_two_processes(made, tmp_path, out)
+    assert codes == [0, 0], said
     assert "records in" in said[0]
     assert "records in" not in said[1], "one says it for both"
     manifest = json.loads((out / array_records.MANIFEST).read_text())
     assert manifest["splits"] == high_tokens[1]["splits"]
+
+
+def of_two_processes(made, tmp_path, out, *flags, limits=(None, None)):
+    """Exit codes and outputs of the command in two processes; none may write larger files than its limit, in bytes."""
+    config = tmp_path / "config.py"
+    values = specs.to_config(superres(made))
+    config.write_text(f"import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({values})\n")
+    command = [sys.executable, "-m", "muse_jax.precompute", f"--config={config}", f"--out={out}", "--epochs=2"]
+    command += ["--per_shard=9", f"--coordinator=localhost:{portpicker.pick_unused_port()}", "--num_processes=2"]
+    ranks = [
+        subprocess.Popen(
+            [*(["prlimit", f"--fsize={limit}"] if limit else []), *command, f"--process_id={index}", *flags],
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "4"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index, limit in enumerate(limits)
+    ]
+    said = [rank.communicate(timeout=500)[0] for rank in ranks]
+    return [rank.returncode for rank in ranks], said
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_both_and_both_say_it(made, high_tokens, tmp_path):
+    codes, said = of_two_processes(made, tmp_path, tmp_path / "full", limits=(None, 4096))
+    assert codes == [1, 1], said
+    assert "File too large" in said[0]
+    assert "process 1" in said[0]
+    assert "File too large" in said[1]
+    codes, said = of_two_processes(made, tmp_path, high_tokens[0], "--config.seed=3")
+    assert codes == [1, 1], said
+    for one in said:
+        assert "begun with something else: seed was 0 and is now 3" in one
+        assert "Traceback" not in one
+
+
+def test_a_home_folder_is_found(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    manifest = precompute.precompute(base(made, train__eval_batches=0), "~/tokens")
+    assert json.loads((tmp_path / "tokens" / array_records.MANIFEST).read_text()) == manifest
+    assert list(manifest["splits"]) == ["train"], "no run reads the other"
+
+
+def test_held_out_pictures_have_as_many_crops_as_the_run_evaluates(made, tmp_path):
+    spec = superres(made, train__eval_batches=2)
+    manifest = precompute.precompute(spec, str(tmp_path / "tokens"))
+    held_out = len(data.make_source(spec.data, "eval"))
+    assert manifest["epochs"] == {"train": 1, "eval": -(-2 * spec.train.batch_size // held_out)}
+    assert manifest["epochs"]["eval"] > 1
+    runs = [data.make_loader(one.data, batch_size=8, seed=0, vocabulary=data.make_vocabulary(one.data), split="eval")
+            for one in (spec, reading(spec, tmp_path / "tokens"))]  # fmt: skip
+    task = stages.build_task(spec, checkpoint.load_stage)
+    frozen = jax.tree.map(jnp.asarray, sharding.unbox(task.frozen()))
+    for _ in range(2):
+        online, read = (next(run) for run in runs)
+        for name, tokens in task.precomputable(frozen, {"image": jnp.asarray(online["image"])}, False).items():
+            assert np.array_equal(read[name], tokens)
+    for run in runs:
+        run.close()
+
+
+def test_crops_of_another_seed_are_said(made, high_tokens, caplog):
+    spec = reading(superres(made), high_tokens[0])
+    task = stages.build_task(spec, checkpoint.load_stage)
+    vocabulary, source = data.make_vocabulary(spec.data), data.make_source(spec.data, "train")
+    precomputed.check(spec, task, source, vocabulary)
+    assert caplog.messages == []
+    precomputed.check(dataclasses.replace(spec, seed=5), task, source, vocabulary)
+    assert "was precomputed with seed 0, and this run's is 5" in caplog.messages[0]
 
 
 def test_the_readmes_bytes_are_those_of_records(tmp_path):
@@ -333,6 +387,12 @@ def test_the_readmes_bytes_are_those_of_records(tmp_path):
 def test_a_folder_that_was_begun_with_something_else_is_refused(made, embeddings):
     with pytest.raises(ValueError, match="begun with something else: .*seed was 0 and is now 1"):
         precompute.precompute(dataclasses.replace(base(made), seed=1), str(embeddings))
+
+
+def test_what_changed_is_named_by_its_own_key(made, embeddings):
+    spec = base(made, task__tokenizer=str(made / "other"))
+    with pytest.raises(ValueError, match=r"key\.tokenizers\.tokenizer was '\w{16}' and is now '\w{16}'"):
+        precompute.precompute(spec, str(embeddings), text_embeddings=True)
 
 
 def test_a_folder_that_something_else_made_is_left_as_it_is(made, tmp_path):

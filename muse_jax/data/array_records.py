@@ -191,8 +191,11 @@ def _as_json(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference(key: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs under a key; of lists the first entry that does."""
+    """What differs under a key; of lists and mappings the first entry that does."""
     old, new = was.get(key), now.get(key)
+    while isinstance(old, dict) and isinstance(new, dict):
+        part = next(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))
+        key, old, new = f"{key}.{part}", old.get(part), new.get(part)
     if isinstance(old, list) and isinstance(new, list):
         pairs = enumerate(itertools.zip_longest(old, new))
         position, (old, new) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])

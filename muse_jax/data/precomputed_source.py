@@ -49,6 +49,7 @@ class PrecomputedSource:
 
     Attributes:
       key: what the tokens were made with: tokenizers, crops, texts.
+      seed: of the run whose crops, flips and captions they are.
       features: {name: {"dtype": ..., "shape": ...}} of what a record has.
       vocabulary: that of the data's captions, as JSON, of which the records have those that were drawn; None where
         the config named another, and in manifests that were written without one.
@@ -65,6 +66,7 @@ class PrecomputedSource:
         self._records = array_records.open_shards(folder, self._shards)
         self._epochs = manifest["epochs"][split]
         self.features: dict[str, Any] = manifest["features"]
+        self.seed: int = manifest["seed"]
         self.key: dict[str, Any] = manifest["key"]
         self.vocabulary: dict[str, Any] | None = manifest.get("vocabulary")
         if spec.text_embeddings and EMBEDDINGS not in self.features:

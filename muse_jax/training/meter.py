@@ -84,18 +84,20 @@ class Life:
         return min(1.0, trained / max(time.time() - self.began, 1e-9))
 
 
-def begin(workdir: Any, step: int, write: bool = True) -> Life:
+def begin(workdir: Any, step: int, write: bool = True, trained: float | None = None) -> Life:
     """The life of the run in the workdir, one start older.
 
     Args:
       step: the step it goes on from; what was trained after it is lost.
       write: whether this process keeps life.json.
+      trained: seconds in the steps up to it; None: those of the last line of metrics before it.
     """
     path, lines, now = epath.Path(workdir) / LIFE, logs.read_metrics(workdir), time.time()
     began, starts = _before(path, now)
     if lines and lines[-1].get(logs.FINISHED):  # it was done; that it is to go on for longer is no fault of it
         began += now - (epath.Path(workdir) / logs.METRICS).stat().mtime
-    trained = max((line.get("trained_seconds", 0.0) for line in lines if line["step"] <= step), default=0.0)
+    if trained is None:
+        trained = max((line.get("trained_seconds", 0.0) for line in lines if line["step"] <= step), default=0.0)
     if write:
         write_json(path, {"began": began, "starts": starts + 1})
     return Life(began, starts + 1, trained)
@@ -125,6 +127,11 @@ class Meter:
         """The life that this process is a part of, and the step it goes on from."""
         self.life, self._at = life, step
 
+    @property
+    def trained(self) -> float:
+        """Seconds in the steps that led to this one, by whatever process, up to the last change of what is done."""
+        return self.life.trained + self._spent[STEP]
+
     @contextlib.contextmanager
     def during(self, kind: str) -> Iterator[None]:
         """Time of this kind, whatever it is a part of."""
@@ -146,7 +153,7 @@ class Meter:
         spent = {kind: seconds - self._line[kind] for kind, seconds in self._spent.items()}
         whole = max(sum(spent.values()), 1e-9)
         training = max(whole - sum(spent[kind] for kind in NOT_TRAINING), 1e-9)
-        trained = self.life.trained + self._spent[STEP]
+        trained = self.trained
         found = self.work.rates((step - self._at) / training)
         found |= {f"time/{kind}": spent[kind] / whole for kind in KINDS}
         found |= {"trained_seconds": trained, "goodput": self.life.goodput(trained)}

@@ -27,6 +27,15 @@ class Profile:
         self._workdir = epath.Path(workdir)
         self._scratch: Any = None
 
+    def begin(self, step: int) -> None:
+        """Says so if the run goes on from behind the steps that were asked for, and they were never recorded."""
+        made = (self._workdir / "plugins/profile").exists()
+        if self._steps and step >= self._steps.stop and not made:
+            logging.warning(
+                "no profile is made: it was asked for from step %d on, for %d steps, and the run goes on from step %d; "
+                "set profile.start_step behind that.", self._steps.start, len(self._steps), step
+            )  # fmt: skip
+
     def before(self, step: int, state: Any) -> None:
         """To be called before each step: starts with the first one that was asked for, ends after the last.
 

@@ -176,6 +176,7 @@ class _Run:
         hosts.check_same("what is trained on", {"data": data, **self.identity["frozen"]})
         self.state: steps.State
         self.compiled_as: dict[str, Any] | None = None  # the identity of the step that led to the state
+        self.trained: float | None = None  # seconds in the steps before this process
         self.step = 0  # steps done, of which the metrics of the last may not have been read yet
         self.saved = -1  # the newest step that a checkpoint was started for
         self.nonfinite = self.in_a_row = 0
@@ -202,7 +203,8 @@ class _Run:
         replicas.check_bytes(steps.checkpoint_items(self.state), expected, self.mesh, self.spec.mesh.most_bytes)
         self.watch.enter("start", self.step)
         hosts.from_leader("writing the config", self._describe)
-        self.meter.begin(meters.begin(self.workdir, self.step, hosts.leads()), self.step)
+        self.meter.begin(meters.begin(self.workdir, self.step, hosts.leads(), self.trained), self.step)
+        self.profile.begin(self.step)
         self.logs = logging.Silent()
         if hosts.leads():
             self.logs = logging.Logs(self.workdir, self.step, self.spec.train.steps, tensorboard, bar)
@@ -237,7 +239,7 @@ class _Run:
             resume.warn_if_longer(specs.completed(meta["config"]), self.identity["config"], meta["step"])
         self.step = self.saved = meta["step"]
         self.nonfinite, self.in_a_row = meta["nonfinite"], meta["in_a_row"]
-        self.compiled_as = meta.get("compiled")  # checkpoints of older versions don't say
+        self.compiled_as, self.trained = meta.get("compiled"), meta.get("trained_seconds")  # older ones don't say
         self.state = steps.from_items(abstract, items, self.step)
 
     def _check_meta(self, meta: Mapping[str, Any]) -> None:
@@ -454,6 +456,7 @@ class _Run:
                 # it returns; here it would read the buffers that the next step is donated.
                 state = steps.copied(state)
             more = {"nonfinite": self.nonfinite, "in_a_row": self.in_a_row, "compiled": self.compiled_as}
+            more |= {"trained_seconds": self.meter.trained}
             self.checkpoints.save(self.step, steps.checkpoint_items(state), {**self.identity, **more})
             self.saved = self.step
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import time
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 import toys
 
 from muse_jax import ahead, roofline
-from muse_jax.training import logs, meter
+from muse_jax.training import logs, meter, reading
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[2] / "configs").rglob("*.py"))
 
@@ -70,6 +71,20 @@ def test_goodput_counts_restarts_and_steps_done_twice(tmp_path, clock):
     assert (second.starts, second.trained) == (2, 20.0)
     clock[0] += 30
     assert second.goodput(40.0) == pytest.approx(0.4)
+
+
+def test_goodput_counts_steps_between_the_last_line_and_the_checkpoint(tmp_path):
+    """A run that is killed goes on with what the checkpoint says, whatever lines there are."""
+    run = toys.spec(**{"train.log_every": 8, "checkpoint.every_steps": 3, "optimizer.schedule": "constant"})
+    toys.train(run, tmp_path, pause=0.05)
+    trained = [reading.read_meta(reading.checkpoints_in(tmp_path) / str(step))["trained_seconds"] for step in (6, 8)]
+    assert 0 < trained[0] < trained[1]
+    shutil.rmtree(tmp_path / "checkpoints/8")
+    (tmp_path / "metrics.jsonl").unlink()
+    toys.train(run, tmp_path)
+    again = reading.read_meta(reading.checkpoints_in(tmp_path) / "8")["trained_seconds"]
+    assert again > trained[0]
+    assert [line for line in logs.read_metrics(tmp_path) if "goodput" in line][-1]["trained_seconds"] > trained[0]
 
 
 def test_a_run_that_was_finished_lost_no_time_until_it_is_made_longer(tmp_path):

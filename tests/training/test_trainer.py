@@ -464,6 +464,17 @@ def test_that_a_schedule_is_prolonged_is_said_once(tmp_path, caplog, schedule, t
     assert len(said) == times
 
 
+def test_a_profile_of_steps_that_are_done_is_missed(tmp_path, caplog):
+    run = toys.spec(**{"optimizer.schedule": "constant"})
+    toys.train(run, tmp_path)
+    longer = {"train": dataclasses.replace(run.train, steps=12), "profile": specs.ProfileSpec(2, 2)}
+    toys.train(dataclasses.replace(run, **longer), tmp_path)
+    assert caplog.messages == [
+        "no profile is made: it was asked for from step 2 on, for 2 steps, and the run goes on from step 8; set "
+        "profile.start_step behind that."
+    ]
+
+
 def test_a_constant_schedule_may_be_prolonged_exactly(tmp_path):
     short = toys.spec(**{"optimizer.schedule": "constant"})
     long = toys.spec(**{"optimizer.schedule": "constant", "train.steps": 11})
