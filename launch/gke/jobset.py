@@ -328,10 +328,12 @@ def nodepool_commands(settings: Settings) -> list[list[str]]:
         settings.capacity,
         ["--reservation-affinity=specific", f"--reservation={settings.capacity.removeprefix('reservation:')}"],
     )
+    # GKE refuses a topology for a single host, and labels its node with one all the same
+    topology = [f"--tpu-topology={tpu.topology}"] if tpu.hosts > 1 else []
     return [
         ["gcloud", "container", "node-pools", "create", f"{settings.name}-{index}", *_in_cluster(cluster)]
-        + [f"--node-locations={cluster.zone}", f"--machine-type={tpu.machine}"]
-        + [f"--tpu-topology={tpu.topology}", f"--num-nodes={tpu.hosts}", "--scopes=cloud-platform", *capacity]
+        + [f"--node-locations={cluster.zone}", f"--machine-type={tpu.machine}", *topology]
+        + [f"--num-nodes={tpu.hosts}", "--scopes=cloud-platform", *capacity]
         for index in range(settings.slices)
     ]
 

@@ -316,6 +316,16 @@ def test_one_node_pool_a_slice(settings):
     assert {"--reservation-affinity=specific", "--reservation=mine", "--location=us-central2"} <= set(first)
 
 
+@pytest.mark.parametrize(("accelerator", "topology"), [("v6e", "1x1"), ("v5e", "2x2"), ("v4", "2x2x1")])
+def test_a_single_host_is_asked_for_without_its_topology(settings, accelerator, topology):
+    """Which GKE refuses; the label of its node has it, so that the pod finds it."""
+    made = settings(accelerator=f'"{accelerator}"', topology=f'"{topology}"')
+    [command] = jobset.nodepool_commands(made)
+    assert "--num-nodes=1" in command
+    assert not [word for word in command if "topology" in word]
+    assert _pod(jobset.manifest(made))["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology
+
+
 GCLOUD_WITH_POOLS = """#!/bin/bash
 echo "$*" >>{folder}/calls
 if [ "$3" = list ]; then cat {folder}/pools; exit; fi
