@@ -5,7 +5,8 @@ Actions, in the order of a first run:
   nodepools  create one node pool a slice, where it is not there yet
   show       print the JobSet manifest
   apply      give the manifest to the cluster: kubectl apply
-  xpk        the same run through xpk instead, in a cluster that `xpk cluster create` made
+  xpk        the same run through xpk instead, in a cluster that `xpk cluster create` made; there a preemption counts
+             to max_restarts
   logs       follow the first host
   delete     end the run; its checkpoints stay
 
@@ -33,6 +34,9 @@ ROOT = HERE.parent.parent
 CONTAINER = "train"
 # What train exits with after SIGTERM, its step saved (muse_jax/train.py).
 EXIT_PREEMPTED = 143
+# What a host ends with that may do better next time: one whose peer was lost, and one that was stuck
+# (muse_jax/training/watchdog.py).
+EXIT_AGAIN = (1, 124)
 FIRST_HOST = "batch.kubernetes.io/job-name={name}-slice-0,batch.kubernetes.io/job-completion-index=0"
 # Pod names must not be longer, and have the name of the JobSet in them.
 LONGEST_NAME = 63
@@ -298,7 +302,7 @@ def manifest_text(settings: Settings) -> str:
 
 
 def xpk_command(settings: Settings) -> list[str]:
-    """`xpk workload create` for the same run. xpk writes a JobSet of its own."""
+    """`xpk workload create` for the same run. xpk writes a JobSet of its own, which counts preemptions as failures."""
     _check_cluster(settings)
     for name in ("service_account", "queue", "host_network"):
         if getattr(settings, name):
@@ -314,8 +318,9 @@ def xpk_command(settings: Settings) -> list[str]:
     # the topology and not the count: 256 chips of v4 can be 4x8x8 or 4x4x16
     words += [f"--tpu-type={settings.slice.generation.xpk}-{settings.topology}", f"--num-slices={settings.slices}"]
     words += [f"--docker-image={settings.image}", *capacity, f"--max-restarts={settings.max_restarts}"]
-    # xpk restarts only signals by itself; a host whose peer was lost ends with 1
-    words += ["--restart-on-exit-codes=1", f"--termination-grace-period-seconds={settings.grace_seconds}"]
+    # by itself xpk restarts only after 42, 127 and more
+    words += [f"--restart-on-exit-codes={','.join(map(str, EXIT_AGAIN))}"]
+    words += [f"--termination-grace-period-seconds={settings.grace_seconds}"]
     words += [f"--env={name}={value}" for name, value in settings.env.items()]
     return [*words, f"--command=exec {shlex.join(settings.command)}"]
 

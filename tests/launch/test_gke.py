@@ -203,10 +203,11 @@ def test_all_hosts_restart_together_and_preemptions_are_not_counted(settings):
     assert saved["onExitCodes"]["containerName"] == _pod(manifest)["containers"][0]["name"]
 
 
-def test_the_exit_code_that_is_forgiven_is_the_one_that_train_uses():
-    from muse_jax.training import signals
+def test_exit_codes_are_those_that_train_uses():
+    from muse_jax.training import signals, watchdog
 
     assert signals.Stopped(signal.SIGTERM, 1).exit_code == jobset.EXIT_PREEMPTED
+    assert set(jobset.EXIT_AGAIN) == {watchdog.FAILED, watchdog.STUCK}
 
 
 def test_hosts_find_each_other(settings):
@@ -295,7 +296,7 @@ def test_the_same_run_through_xpk(settings):
     assert words[:3] == ["xpk", "workload", "create"]
     assert {"--cluster=my-cluster", "--project=my-project", "--zone=us-central2-b", "--workload=muse"} <= set(words)
     assert {"--tpu-type=v4-4x8x8", "--num-slices=2", "--spot", "--docker-image=registry/muse_jax:1"} <= set(words)
-    assert {"--max-restarts=20", "--restart-on-exit-codes=1", "--env=LIBTPU_INIT_ARGS=--a=b --c"} <= set(words)
+    assert {"--max-restarts=20", "--restart-on-exit-codes=1,124", "--env=LIBTPU_INIT_ARGS=--a=b --c"} <= set(words)
     # xpk gives the command to a shell: what arrives must be what the JobSet says
     command = words[-1].removeprefix("--command=exec ")
     said = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
