@@ -40,6 +40,8 @@ EXIT_AGAIN = (1, 124)
 FIRST_HOST = "batch.kubernetes.io/job-name={name}-slice-0,batch.kubernetes.io/job-completion-index=0"
 # Pod names must not be longer, and have the name of the JobSet in them.
 LONGEST_NAME = 63
+# Where a pod finds data_bucket.
+DATA = "/data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Settings:
     image: str
     slices: int = 1
     capacity: str = "on-demand"
+    data_bucket: str = ""
     train_args: list[str] = dataclasses.field(default_factory=list)
     max_restarts: int = 20
     grace_seconds: int = 300
@@ -159,6 +162,11 @@ def check(settings: Settings) -> None:
             f"bucket = {settings.bucket!r} must start with gs:// and a bucket's name: the disk of a pod is lost with "
             "it, and the run goes on from its checkpoints."
         )
+    if settings.data_bucket and not re.fullmatch(r"[a-z0-9][-_.a-z0-9]+", settings.data_bucket):
+        raise SettingsError(
+            f"data_bucket = {settings.data_bucket!r} must be a bucket's name alone, without gs:// and folders; its "
+            f"folders are then found in {DATA}."
+        )
     for name, least in [("slices", 1), ("max_restarts", 0), ("grace_seconds", 1)]:
         if not least <= getattr(settings, name) < 2**31:
             raise SettingsError(f"{name} = {getattr(settings, name)} must be at least {least}, and below 2^31.")
@@ -225,7 +233,11 @@ def manifest(settings: Settings) -> dict[str, Any]:
                 },
             ]
         },
-        "template": {"spec": _pod(settings)},
+        "template": {
+            # has GKE put Cloud Storage FUSE beside the training
+            **({"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}} if settings.data_bucket else {}),
+            "spec": _pod(settings),
+        },
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -291,9 +303,20 @@ def _pod(settings: Settings) -> dict[str, Any]:
     }
     if settings.service_account:
         pod["serviceAccountName"] = settings.service_account
+    if settings.data_bucket:
+        container["volumeMounts"].append({"name": "data", "mountPath": DATA, "readOnly": True})
+        pod["volumes"].append({"name": "data", "csi": _data_volume(settings)})
     if settings.host_network:
         pod |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     return pod
+
+
+def _data_volume(settings: Settings) -> dict[str, Any]:
+    # implicit-dirs: folders of which a bucket knows only that files' names begin with them
+    attributes = {"bucketName": settings.data_bucket, "mountOptions": "implicit-dirs"}
+    if settings.host_network:
+        attributes["hostNetworkPodKSA"] = "true"  # or it would have no account there
+    return {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True, "volumeAttributes": attributes}
 
 
 def manifest_text(settings: Settings) -> str:
@@ -304,7 +327,7 @@ def manifest_text(settings: Settings) -> str:
 def xpk_command(settings: Settings) -> list[str]:
     """`xpk workload create` for the same run. xpk writes a JobSet of its own, which counts preemptions as failures."""
     _check_cluster(settings)
-    for name in ("service_account", "queue", "host_network"):
+    for name in ("data_bucket", "service_account", "queue", "host_network"):
         if getattr(settings, name):
             raise SettingsError(
                 f"{name} = {getattr(settings, name)!r} can't be told to xpk; use apply, or leave it out."

@@ -8,7 +8,7 @@ DRY_RUN=0
 WORKER_SCRIPT='bash ~/muse_jax/launch/tpu_vm/on_worker.sh'
 NEEDED=(PROJECT ZONE NAME ACCELERATOR_TYPE SLICES CAPACITY CONFIG WORKDIR PYTHON_VERSION)
 LISTS=(TRAIN_ARGS CREATE_ARGS SSH_ARGS)
-OPTIONAL=(RUNTIME_VERSION POLL_SECONDS MAX_CRASHES MAX_UNREACHABLE)
+OPTIONAL=(RUNTIME_VERSION DATA_BUCKET POLL_SECONDS MAX_CRASHES MAX_UNREACHABLE)
 
 die() {
   echo "$(basename "$0"): $*" >&2
@@ -35,6 +35,7 @@ start_script() {
         ;;
       *)
         [ -n "$own" ] && [ "$flag" = "$own" ] || die "unknown flag '$flag'; --help shows those there are"
+        # shellcheck disable=SC2034 # the script that was called reads it
         OWN_FLAG_GIVEN=1
         ;;
     esac
@@ -58,7 +59,7 @@ check_settings() {
     [ -z "${!name+set}" ] || [[ $(declare -p "$name") == 'declare -a'* ]] ||
       die "$1: $name must be a list in parentheses: $name=(--one=1 --two=2)"
   done
-  : "${RUNTIME_VERSION:=}" "${POLL_SECONDS:=60}" "${MAX_CRASHES:=5}" "${MAX_UNREACHABLE:=30}"
+  : "${RUNTIME_VERSION:=}" "${DATA_BUCKET:=}" "${POLL_SECONDS:=60}" "${MAX_CRASHES:=5}" "${MAX_UNREACHABLE:=30}"
   TRAIN_ARGS=("${TRAIN_ARGS[@]+"${TRAIN_ARGS[@]}"}")
   CREATE_ARGS=("${CREATE_ARGS[@]+"${CREATE_ARGS[@]}"}")
   SSH_ARGS=("${SSH_ARGS[@]+"${SSH_ARGS[@]}"}")
@@ -74,6 +75,8 @@ check_settings() {
   esac
   [[ $WORKDIR =~ ^gs://[a-z0-9][-_.a-z0-9]+(/|$) ]] ||
     die "$1: WORKDIR is '$WORKDIR'; it must be in a bucket (gs://BUCKET/...), since the disks of a preempted slice are lost"
+  [[ $DATA_BUCKET =~ ^([a-z0-9][-_.a-z0-9]+)?$ ]] ||
+    die "$1: DATA_BUCKET is '$DATA_BUCKET'; it must be a bucket's name alone, without gs:// and folders"
   check_accelerator "$1"
 }
 
@@ -200,8 +203,10 @@ stop_training() {
   on_workers "$WORKER_SCRIPT stop"
 }
 
+# With the data mounted first, each time: a restart of the machine takes the mount away.
 start_training() {
-  local words
+  local words mount=
+  [ -z "$DATA_BUCKET" ] || mount="$WORKER_SCRIPT mount $DATA_BUCKET && "
   words=$(printf '%q ' --config="$CONFIG" --workdir="$WORKDIR" "${TRAIN_ARGS[@]+"${TRAIN_ARGS[@]}"}")
-  on_workers "$WORKER_SCRIPT start ${words% }"
+  on_workers "$mount$WORKER_SCRIPT start ${words% }"
 }

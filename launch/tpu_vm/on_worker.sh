@@ -2,6 +2,7 @@
 # Runs on a worker of the slice; the other scripts call it over ssh.
 #
 #   on_worker.sh install VERSION   a virtual environment of that Python with the package in ~/muse_jax
+#   on_worker.sh mount BUCKET      the bucket at /mnt/muse_data, read-only, by Cloud Storage FUSE
 #   on_worker.sh start FLAGS...    python -m muse_jax.train FLAGS..., in a session of its own: it outlives the connection
 #   on_worker.sh status            "training: running", "training: exited CODE", "training: lost" or "training: none"
 #   on_worker.sh stop              SIGTERM, and waits until the run has saved and ended; SIGKILL if it never does
@@ -10,6 +11,7 @@ set -euo pipefail
 REPOSITORY=$HOME/muse_jax
 ENVIRONMENT=$HOME/muse_venv
 RUN=$HOME/muse_run # pid, exit_code, train.log
+DATA=/mnt/muse_data
 STOP_SECONDS=${STOP_SECONDS:-600} # a run that has not saved and ended by then is stuck, and killed
 
 install() {
@@ -25,6 +27,26 @@ install() {
   fi
   uv pip install --quiet --python "$ENVIRONMENT/bin/python" --editable "${REPOSITORY}[tpu]"
   echo "installed on $(hostname)"
+}
+
+mount() {
+  local mounted
+  if ! command -v gcsfuse >/dev/null; then
+    local server=https://packages.cloud.google.com/apt key=/usr/share/keyrings/cloud.google.asc
+    curl --fail --silent --show-error "$server/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+    echo "deb [signed-by=$key] $server gcsfuse-$(lsb_release -cs) main" |
+      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+    sudo apt-get -qq update
+    sudo apt-get -qq install --yes -o DPkg::Lock::Timeout=600 gcsfuse # a new machine updates itself meanwhile
+  fi
+  mounted=$(findmnt --noheadings --output=SOURCE "$DATA" || true)
+  # a gcsfuse that has died leaves a mount that can't be read
+  if [ "$mounted" = "$1" ] && stat "$DATA" >/dev/null 2>&1; then return; fi
+  [ -z "$mounted" ] || fusermount -u "$DATA"
+  sudo mkdir -p "$DATA"
+  sudo chown "$(id -u)" "$DATA"
+  # implicit-dirs: folders of which a bucket knows only that files' names begin with them
+  gcsfuse --implicit-dirs -o ro "$1" "$DATA"
 }
 
 # Whether the process of the pid file lives and is ours: after a reboot another may have its number.
@@ -91,9 +113,9 @@ stop() {
 }
 
 case ${1:-} in
-  install | start | status | stop) "$@" ;;
+  install | mount | start | status | stop) "$@" ;;
   *)
-    echo "on_worker.sh: '${1:-}' is none of install, start, status, stop" >&2
+    echo "on_worker.sh: '${1:-}' is none of install, mount, start, status, stop" >&2
     exit 1
     ;;
 esac

@@ -12,7 +12,16 @@ RUNTIME_VERSION=           # empty: the usual one of the accelerator
 
 CONFIG=configs/base_3b.py
 WORKDIR=gs://YOUR_BUCKET/runs/base_3b   # a run goes on from its checkpoints here, on whatever slice it wakes up
-TRAIN_ARGS=()              # more flags of muse_jax.train, such as (--config.train.steps=1000000)
+DATA_BUCKET=YOUR_BUCKET    # its name alone: read at /mnt/muse_data, where data are read as files; empty: none
+# More flags of muse_jax.train. Those below say where third_party/README.md has put the weights and muse_jax.convert the
+# data; configs/base_3b.py by itself looks for all of them in the folder that it is started in.
+TRAIN_ARGS=(
+  --config.model.text.weights=gs://YOUR_BUCKET/weights/t5_xxl
+  --config.data.vocabulary=gs://YOUR_BUCKET/weights/t5/spiece.model
+  --config.task.tokenizer=gs://YOUR_BUCKET/runs/vqgan_f16_256 # the workdir of the VQGAN's run
+  --config.data.name=array_record
+  --config.data.path=/mnt/muse_data/pairs # gs://YOUR_BUCKET/pairs
+)
 
 PYTHON_VERSION=3.12
 CREATE_ARGS=()             # more flags of `gcloud compute tpus queued-resources create`, such as (--network=mine)

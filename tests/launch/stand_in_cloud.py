@@ -78,6 +78,21 @@ if [ "$1" = venv ]; then
 fi
 """
 
+# What mounting a bucket asks the machine for is recorded; `mounted` is what findmnt then finds.
+FUSE = r"""
+#!/usr/bin/env bash
+set -eu
+name=${0##*/}
+[ "$name" = findmnt ] || echo "$name $*" >>"$CLOUD/fuse.log"
+case $name in
+  findmnt) cat "$CLOUD/mounted" 2>/dev/null ;;
+  fusermount) rm "$CLOUD/mounted" ;;
+  gcsfuse) echo "${*: -2:1}" >"$CLOUD/mounted" ;;
+  stat) [ ! -f "$CLOUD/dead" ] || exit 1 ;;
+  sudo) if [ "$1" = tee ]; then cat >/dev/null; elif [[ $* == *install* ]]; then cp "$0" "$CLOUD/bin/gcsfuse"; fi ;;
+esac
+"""
+
 # So that following a log ends.
 TAIL = r"""
 #!/usr/bin/env bash
@@ -137,6 +152,9 @@ class Cloud:
         for name, text in [("bin/gcloud", GCLOUD), ("bin/uv", UV), ("bin/tail", TAIL), ("training", TRAINING)]:
             (folder / name).write_text(text.lstrip())
             (folder / name).chmod(0o755)
+        for name in ("findmnt", "fusermount", "stat", "sudo", "curl", "lsb_release"):
+            (binaries / name).write_text(FUSE.lstrip())
+            (binaries / name).chmod(0o755)
         self.environment = {
             **os.environ,
             "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",

@@ -114,6 +114,7 @@ def test_impossible_slices_are_refused_with_the_mend(accelerator, topology, said
     ("values", "said"),
     [
         ({"toplogy": '"4x4x4"'}, "toplogy is no setting; did you mean topology?"),
+        ({"data_bucket": '"gs://my-data"'}, "a bucket's name alone, without gs://"),
         ({"slices": '"2"'}, "slices = '2' is a str; expected a int"),
         ({"slices": "true"}, "slices = True is a bool"),
         ({"slices": "0"}, "slices = 0 must be at least 1"),
@@ -230,8 +231,26 @@ def test_capacity_queue_account_and_network(settings):
     assert _pod(manifest)["dnsPolicy"] == "ClusterFirstWithHostNet"  # or hosts would not be found by name
 
 
+def test_the_bucket_of_the_data_is_mounted(settings):
+    template = _job(jobset.manifest(settings(data_bucket='"my-data"', host_network="true")))["template"]
+    assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    [container] = template["spec"]["containers"]
+    assert {"name": "data", "mountPath": "/data", "readOnly": True} in container["volumeMounts"]
+    assert template["spec"]["volumes"][1]["csi"] == {
+        "driver": "gcsfuse.csi.storage.gke.io",
+        "readOnly": True,
+        "volumeAttributes": {
+            "bucketName": "my-data",
+            "mountOptions": "implicit-dirs",
+            "hostNetworkPodKSA": "true",
+        },
+    }
+    assert "metadata" not in _job(jobset.manifest(settings()))["template"]
+
+
 VARIANTS = [
     {},
+    {"data_bucket": '"my-data"'},
     {"slices": "2", "capacity": '"spot"', "host_network": "true"},
     {"accelerator": '"v6e"', "topology": '"1x1"', "queue": '"q"', "service_account": '"a"'},
     {"accelerator": '"v5e"', "topology": '"16x16"', "capacity": '"reservation:mine"'},
@@ -303,7 +322,7 @@ def test_the_same_run_through_xpk(settings):
     assert said.stdout.splitlines() == _pod(jobset.manifest(settings()))["containers"][0]["command"]
 
 
-@pytest.mark.parametrize("name", ["service_account", "queue"])
+@pytest.mark.parametrize("name", ["data_bucket", "service_account", "queue"])
 def test_what_xpk_cannot_be_told_is_not_dropped(settings, name):
     with pytest.raises(tpus.SettingsError, match=f"{name} = 'mine' can't be told to xpk"):
         jobset.xpk_command(settings(**{name: '"mine"'}))

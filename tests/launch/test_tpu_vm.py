@@ -173,6 +173,34 @@ def test_training_outlives_the_connection_and_is_not_started_twice(cloud):
     assert len(cloud.read("starts").splitlines()) <= 1
 
 
+def test_the_bucket_of_the_data_is_mounted_once(cloud):
+    """gcsfuse is installed where it is missing; a mount that has died, or is another bucket's, is made anew."""
+    cloud.set(DATA_BUCKET="my-data")
+    _started(cloud, "0")
+    made = "gcsfuse --implicit-dirs -o ro my-data /mnt/muse_data"
+    log = cloud.read("fuse.log").splitlines()
+    assert [line for line in log if "install --yes" in line and line.endswith(" gcsfuse")]
+    assert log[-1] == made
+    _wait_for(lambda: _status(cloud) == "training: exited 0")
+    assert cloud.run("start.sh").returncode == 0
+    assert cloud.read("fuse.log").splitlines()[len(log) :] == ["stat /mnt/muse_data"]
+    _wait_for(lambda: _status(cloud) == "training: exited 0")
+    cloud.write("dead", "")
+    assert cloud.run("start.sh").returncode == 0
+    assert "fusermount -u /mnt/muse_data" in cloud.read("fuse.log")
+    assert cloud.read("fuse.log").splitlines()[-1] == made
+
+
+def test_a_bucket_that_cannot_be_mounted_is_an_error(cloud):
+    cloud.set(DATA_BUCKET="my-data")
+    cloud.write("bin/gcsfuse", "#!/bin/bash\nexit 4")
+    (cloud.folder / "bin/gcsfuse").chmod(0o755)
+    cloud.run("create.sh")
+    cloud.run("install.sh")
+    assert cloud.run("start.sh").returncode == 4
+    assert not cloud.read("starts")
+
+
 def test_stop_waits_for_the_run_to_save(cloud):
     _started(cloud, "stay")
     _wait_for(lambda: cloud.read("starts"))
@@ -349,6 +377,7 @@ def test_dry_run_prints_the_very_command(cloud, script):
         ("WORKDIR", "/tmp/run", "must be in a bucket"),
         ("WORKDIR", "gs://", "must be in a bucket"),
         ("WORKDIR", "'gs:// a/b'", "must be in a bucket"),
+        ("DATA_BUCKET", "gs://my-data", "a bucket's name alone, without gs://"),
         ("POLL_SECONDS", "soon", "POLL_SECONDS is 'soon'"),
         ("MAX_UNREACHABLE", "never", "MAX_UNREACHABLE is 'never'"),
         ("CREATE_ARGS", "'--one=1 --two=2'", "CREATE_ARGS must be a list in parentheses"),
