@@ -151,12 +151,16 @@ def check(settings: Settings) -> None:
     """Raises SettingsError if a value cannot work."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if isinstance(value, str) and "YOUR_" in value:
+        if field.name != "cluster" and "YOUR_" in str(value):
             raise SettingsError(f"{field.name} is still {value!r}; put your own value in its place.")
     _check_name(settings)
-    for name in ("config", "image"):
-        if not getattr(settings, name).strip():
-            raise SettingsError(f"{name} must not be empty.")
+    if not (ROOT / settings.config.partition(":")[0]).is_file():
+        raise SettingsError(
+            f"config = {settings.config!r} is no file of this checkout, which is what the image has; write it from "
+            f"{ROOT} on, as in configs/base_3b.py."
+        )
+    if not re.fullmatch(r"[-\w./:@]+", settings.image):
+        raise SettingsError(f"image = {settings.image!r} must be REGISTRY/NAME:TAG, without spaces.")
     if not re.fullmatch(r"gs://[a-z0-9][-_.a-z0-9]+(/.*)?", settings.bucket):
         raise SettingsError(
             f"bucket = {settings.bucket!r} must start with gs:// and a bucket's name: the disk of a pod is lost with "
@@ -177,6 +181,11 @@ def check(settings: Settings) -> None:
     _check_kubernetes(settings)
     if any(type(argument) is not str for argument in settings.train_args):
         raise SettingsError(f"train_args = {settings.train_args!r} must be a list of strings.")
+    for argument in settings.train_args:
+        # the last of a flag counts
+        if twice := re.match(r"--?(config|workdir)(=|$)", argument):
+            setting = {"config": "config", "workdir": "bucket and name"}[twice[1]]
+            raise SettingsError(f"train_args has {argument!r}, which {setting} says; set that, and leave this out.")
     if settings.slices > 1 and settings.slice.hosts == 1:
         raise SettingsError(
             f"slices = {settings.slices}, but a {settings.accelerator} slice of topology {settings.topology} is a "

@@ -50,7 +50,7 @@ start_script() {
 
 # Fails before anything is paid for if a setting is missing or cannot work.
 check_settings() {
-  local name
+  local name word
   for name in "${NEEDED[@]}"; do
     [ -n "${!name:-}" ] || die "$1: $name is not set"
     [[ ${!name} != *YOUR_* ]] || die "$1: $name is still ${!name}; put your own value in its place"
@@ -58,6 +58,10 @@ check_settings() {
   for name in "${LISTS[@]}"; do
     [ -z "${!name+set}" ] || [[ $(declare -p "$name") == 'declare -a'* ]] ||
       die "$1: $name must be a list in parentheses: $name=(--one=1 --two=2)"
+  done
+  for name in "${LISTS[@]}" "${OPTIONAL[@]}"; do
+    [[ $(declare -p "$name" 2>/dev/null) != *YOUR_* ]] ||
+      die "$1: $name has YOUR_ in it still; put your own value in its place"
   done
   : "${RUNTIME_VERSION:=}" "${DATA_BUCKET:=}" "${POLL_SECONDS:=60}" "${MAX_CRASHES:=5}" "${MAX_UNREACHABLE:=30}"
   TRAIN_ARGS=("${TRAIN_ARGS[@]+"${TRAIN_ARGS[@]}"}")
@@ -77,6 +81,11 @@ check_settings() {
     die "$1: WORKDIR is '$WORKDIR'; it must be in a bucket (gs://BUCKET/...), since the disks of a preempted slice are lost"
   [[ $DATA_BUCKET =~ ^([a-z0-9][-_.a-z0-9]+)?$ ]] ||
     die "$1: DATA_BUCKET is '$DATA_BUCKET'; it must be a bucket's name alone, without gs:// and folders"
+  for word in "${TRAIN_ARGS[@]+"${TRAIN_ARGS[@]}"}"; do
+    # the last of a flag counts
+    [[ ! $word =~ ^--?(config|workdir)(=|$) ]] ||
+      die "$1: TRAIN_ARGS has '$word', which CONFIG or WORKDIR says; set that, and leave this out"
+  done
   check_accelerator "$1"
 }
 
