@@ -8,10 +8,11 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 wait_until_ready() {
-  local state
+  local state unknown=0
   while true; do
     state=$(slice_state)
     echo "$(date +%T) $NAME: $state"
+    count_unknown "$state"
     case $state in
       ACTIVE) return ;;
       FAILED | SUSPENDING | SUSPENDED | PREEMPTED | TERMINATED | STOPPED | MISSING)

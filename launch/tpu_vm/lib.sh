@@ -46,6 +46,8 @@ start_script() {
   # shellcheck source=settings.sh
   source "$settings"
   check_settings "$settings"
+  [ "$DRY_RUN" = 1 ] || command -v gcloud >/dev/null ||
+    die "gcloud is not installed here: https://cloud.google.com/sdk/docs/install"
 }
 
 # Fails before anything is paid for if a setting is missing or cannot work.
@@ -189,6 +191,19 @@ slice_state() {
     done
   fi
   echo "$state"
+}
+
+# Ends a loop over states in which gcloud can't tell any more: without a login, or a network, it would have no end.
+# `unknown` is the loop's.
+count_unknown() {
+  if [ "$1" != UNKNOWN ]; then
+    unknown=0
+    return
+  fi
+  unknown=$((unknown + 1))
+  [ "$unknown" -le "$MAX_UNREACHABLE" ] ||
+    die "gcloud could not tell the state of $NAME, $unknown times in a row; above is what it says. If it asks for a" \
+      "login: gcloud auth login. The slice, if there is one, still runs."
 }
 
 # The archive is removed once it is unpacked: a copy that never came would otherwise install it again.

@@ -29,4 +29,4 @@ SSH_ARGS=()                # more flags of ssh and scp, such as (--tunnel-throug
 
 POLL_SECONDS=60            # how often watch.sh looks
 MAX_CRASHES=5              # after so many crashes in a row watch.sh gives up; preemptions are not counted
-MAX_UNREACHABLE=30         # after so many looks in a row at which not all workers answer watch.sh gives up
+MAX_UNREACHABLE=30         # so often in a row may workers not answer, or gcloud not tell, before watch.sh gives up

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Keeps a run going until it is finished: creates the slice, installs, starts, and after a preemption or a failure of
 # the slice does so again. Training then goes on from its last checkpoint in the bucket. A crash of the training itself
-# is started again too, up to MAX_CRASHES times in a row; workers that do not answer are waited for, MAX_UNREACHABLE
-# looks in a row. Run it where it can stay, in tmux on a small machine.
+# is started again too, up to MAX_CRASHES times in a row; workers that do not answer, and a gcloud that
+# cannot tell, are waited for, MAX_UNREACHABLE looks in a row. Run it where it can stay, in tmux on a small machine.
 #
 #   watch.sh [--settings=FILE] [--delete-when-finished] [--dry-run]
 set -euo pipefail
@@ -80,11 +80,12 @@ look_at_training() {
 }
 
 watch() {
-  local state last_state='' last_training='' crashes=0 counted=0 unreachable=0 running_since=$SECONDS
+  local state last_state='' last_training='' crashes=0 counted=0 unreachable=0 unknown=0 running_since=$SECONDS
   while true; do
     state=$(slice_state)
     [ "$state" = "$last_state" ] || say "$NAME: $state"
     last_state=$state
+    count_unknown "$state"
     case $state in
       ACTIVE) look_at_training || break ;;
       MISSING) create_slice || say "could not create; trying again" ;;

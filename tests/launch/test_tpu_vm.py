@@ -293,6 +293,32 @@ def test_watch_does_nothing_to_a_slice_that_it_cannot_ask_about(cloud):
     assert "503" in done.stderr
 
 
+@pytest.mark.parametrize("command", [["watch.sh"], ["create.sh", "--wait"]])
+def test_a_gcloud_that_can_never_tell_ends_the_watch(cloud, command):
+    cloud.set(MAX_UNREACHABLE="3")
+    if command == ["watch.sh"]:
+        cloud.run("create.sh")
+    cloud.write("states", "BROKEN\n" * 3 + "PROVISIONING\n" + "BROKEN\n" * 50)
+    done = cloud.run(*command, timeout=60)
+    assert done.returncode == 1
+    assert "gcloud could not tell the state of muse, 4 times in a row" in done.stderr
+    assert "gcloud auth login" in done.stderr
+    assert len(cloud.calls("describe")) == 3 + 1 + 4
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_missing_gcloud_is_said_at_once(cloud, script):
+    """And not asked for where nothing is done."""
+    (cloud.folder / "bin" / "gcloud").unlink()
+    for name in ("bash", "basename", "dirname", "git", "grep", "mktemp", "rm", "sed", "tee"):
+        (cloud.folder / "bin" / name).symlink_to(shutil.which(name))
+    cloud.environment["PATH"] = str(cloud.folder / "bin")
+    done = cloud.run(script, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == f"{script}: gcloud is not installed here: https://cloud.google.com/sdk/docs/install\n"
+    assert cloud.run(script, "--dry-run").returncode == 0
+
+
 def test_watch_restarts_a_run_that_was_told_to_go(cloud):
     cloud.write("plan", "143\n143\n143\n143\n0")  # more often than MAX_CRASHES: it is no crash
     done = cloud.run("watch.sh")
