@@ -40,6 +40,8 @@ EXIT_AGAIN = (1, 124)
 FIRST_HOST = "batch.kubernetes.io/job-name={name}-slice-0,batch.kubernetes.io/job-completion-index=0"
 # Pod names must not be longer, and have the name of the JobSet in them.
 LONGEST_NAME = 63
+# Of a node pool for GKE, and of a workload for xpk.
+LONGEST_POOL = 40
 # Where a pod finds data_bucket.
 DATA = "/data"
 
@@ -292,6 +294,7 @@ def _pod(settings: Settings) -> dict[str, Any]:
     container = {
         "name": CONTAINER,
         "image": settings.image,
+        "imagePullPolicy": "Always",  # or a node would go on with what the tag named before
         "command": settings.command,
         "resources": {
             "requests": {"google.com/tpu": str(tpu.chips_per_host)},
@@ -341,6 +344,11 @@ def xpk_command(settings: Settings) -> list[str]:
             raise SettingsError(
                 f"{name} = {getattr(settings, name)!r} can't be told to xpk; use apply, or leave it out."
             )
+    _check_length("workload", settings.name)
+    if settings.accelerator == "v5e" and settings.slice.hosts == 1:
+        raise SettingsError(
+            f"topology = {settings.topology!r} of v5e is unknown to xpk, whose smallest is 2x4; take that, or use apply"
+        )
     capacity = {"on-demand": ["--on-demand"], "spot": ["--spot"]}.get(
         settings.capacity, [f"--reservation={settings.capacity.removeprefix('reservation:')}"]
     )
@@ -360,6 +368,7 @@ def xpk_command(settings: Settings) -> list[str]:
 def nodepool_commands(settings: Settings) -> list[list[str]]:
     """`gcloud container node-pools create` for each slice."""
     _check_cluster(settings)
+    _check_length("node pool", f"{settings.name}-{settings.slices - 1}")
     tpu, cluster = settings.slice, settings.cluster
     capacity = {"on-demand": [], "spot": ["--spot"]}.get(
         settings.capacity,
@@ -411,6 +420,14 @@ def _check_cluster(settings: Settings) -> None:
             raise SettingsError(f"cluster.{name} = {value!r} must be set for this; it is the {name} of your cluster.")
 
 
+def _check_length(what: str, name: str) -> None:
+    if len(name) > LONGEST_POOL:
+        raise SettingsError(
+            f"{name!r} is too long for a {what}: {len(name)} characters of {LONGEST_POOL}; shorten name by "
+            f"{len(name) - LONGEST_POOL}."
+        )
+
+
 def image_commands(settings: Settings) -> list[list[str]]:
     """docker build and push."""
     dockerfile = HERE / "Dockerfile"
@@ -430,7 +447,7 @@ ACTIONS: dict[str, Callable[[Settings], list[list[str]]]] = {
     "show": lambda settings: [],
     "apply": _kubectl("apply", "--filename=-"),
     "xpk": lambda settings: [xpk_command(settings)],
-    "logs": _kubectl("logs", "--follow", f"--selector={FIRST_HOST}"),
+    "logs": _kubectl("logs", "--follow", "--tail=100", f"--selector={FIRST_HOST}"),
     "delete": _kubectl("delete", "jobset", "{name}"),
 }
 

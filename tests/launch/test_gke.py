@@ -189,6 +189,7 @@ def test_the_manifest_is_one_pod_a_host_and_one_job_a_slice(settings):
     }
     [container] = pod["containers"]
     assert container["resources"] == {"requests": {"google.com/tpu": "4"}, "limits": {"google.com/tpu": "4"}}
+    assert container["imagePullPolicy"] == "Always"  # a tag that was pushed again is another image
     assert container["command"] == [
         *["python", "-m", "muse_jax.train", "--config=configs/scenes/base.py", "--workdir=gs://bucket/runs/muse"],
         *["--config.train.steps=9", "--config.data.path=gs://a folder/it's"],
@@ -353,6 +354,26 @@ def test_a_single_host_is_asked_for_without_its_topology(settings, accelerator, 
     assert _pod(jobset.manifest(made))["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology
 
 
+@pytest.mark.parametrize(
+    ("make", "longest", "said"),
+    [
+        (jobset.nodepool_commands, 37, "too long for a node pool: 41 characters of 40; shorten name by 1."),
+        (jobset.xpk_command, 40, "too long for a workload: 41 characters of 40; shorten name by 1."),
+    ],
+)
+def test_names_that_fit_a_pod_and_nothing_else(settings, make, longest, said):
+    values = {"topology": '"2x2x2"', "slices": "11"}
+    make(settings(name=f'"{"m" * longest}"', **values))
+    with pytest.raises(tpus.SettingsError, match=said):
+        make(settings(name=f'"{"m" * (longest + 1)}"', **values))
+
+
+@pytest.mark.parametrize("topology", ["1x1", "2x2"])
+def test_slices_that_xpk_does_not_know(settings, topology):
+    with pytest.raises(tpus.SettingsError, match="unknown to xpk, whose smallest is 2x4"):
+        jobset.xpk_command(settings(accelerator='"v5e"', topology=f'"{topology}"'))
+
+
 GCLOUD_WITH_POOLS = """#!/bin/bash
 echo "$*" >>{folder}/calls
 if [ "$3" = list ]; then cat {folder}/pools; exit; fi
@@ -385,6 +406,12 @@ def test_apply_gives_the_manifest_to_kubectl(tool, settings_file):
     assert jobset.main(["apply", f"--settings={path}"]) == 0
     assert tool("calls") == "kubectl apply --filename=-\n"
     assert yaml.safe_load(tool("given")) == jobset.manifest(jobset.load_settings(path))
+
+
+def test_logs_begin_before_the_last_ten_lines(tool, settings_file):
+    """Which is all that kubectl shows where pods are selected by labels."""
+    assert jobset.main(["logs", f"--settings={settings_file()}"]) == 0
+    assert "--tail=100" in tool("calls").split()
 
 
 def test_a_failed_command_ends_with_its_code(tool, settings_file, tmp_path):
