@@ -68,11 +68,17 @@ status() {
 }
 
 start() {
+  if [ ! -x "$ENVIRONMENT/bin/python" ]; then
+    echo "muse_jax is not installed on $(hostname); install it first: install.sh" >&2
+    exit 1
+  fi
+  mkdir -p "$RUN"
+  exec 9>"$RUN/lock" # of two starts at once, the second waits, and then finds the first one's training
+  flock 9
   if running; then
     echo "training runs already on $(hostname), process $(cat "$RUN/pid"); stop it first: stop.sh" >&2
     exit 1
   fi
-  mkdir -p "$RUN"
   rm -f "$RUN/pid" "$RUN/exit_code"
   cd "$REPOSITORY" # where configs/ is
   # shellcheck disable=SC2016
@@ -81,12 +87,16 @@ start() {
     "$@" & echo $! >"$run/pid.new" && mv "$run/pid.new" "$run/pid"
     wait $! && code=0 || code=$?
     echo "$code" >"$run/exit_code.new" && mv "$run/exit_code.new" "$run/exit_code"
-  ' launcher "$RUN" "$ENVIRONMENT/bin/python" -m muse_jax.train "$@" >>"$RUN/train.log" 2>&1 </dev/null &
+  ' launcher "$RUN" "$ENVIRONMENT/bin/python" -m muse_jax.train "$@" >>"$RUN/train.log" 2>&1 </dev/null 9>&- &
   local tries
   for ((tries = 0; tries < 100; tries++)); do
     [ ! -f "$RUN/pid" ] || break
     sleep 0.1
   done
+  if [ ! -f "$RUN/pid" ]; then
+    echo "training did not start on $(hostname): $RUN/train.log" >&2
+    exit 1
+  fi
   echo "started on $(hostname), process $(cat "$RUN/pid")"
 }
 

@@ -201,6 +201,30 @@ def test_a_bucket_that_cannot_be_mounted_is_an_error(cloud):
     assert not cloud.read("starts")
 
 
+def test_start_without_an_environment_is_an_error(cloud):
+    cloud.run("create.sh")
+    cloud.run("install.sh")
+    shutil.rmtree(cloud.folder / "worker" / "muse_venv")
+    done = cloud.run("start.sh")
+    assert done.returncode == 1
+    assert "install it first: install.sh" in done.stderr
+    assert "started" not in done.stdout
+    assert _status(cloud) == "training: none"
+
+
+def test_of_several_starts_at_once_one_starts(cloud):
+    cloud.write("plan", "stay\n" * 4)
+    cloud.run("create.sh")
+    cloud.run("install.sh")
+    command = [SCRIPTS / "start.sh", f"--settings={cloud.settings}"]
+    starting = [subprocess.Popen(command, env=cloud.environment, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [process.communicate(timeout=60)[1] for process in starting]
+    assert sorted(process.returncode for process in starting) == [0, 1, 1, 1]
+    assert sum("runs already" in words for words in said) == 3
+    _wait_for(lambda: cloud.read("starts"))
+    assert len(cloud.read("starts").splitlines()) == 1
+
+
 def test_stop_waits_for_the_run_to_save(cloud):
     _started(cloud, "stay")
     _wait_for(lambda: cloud.read("starts"))
