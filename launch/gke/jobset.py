@@ -347,7 +347,7 @@ def xpk_command(settings: Settings) -> list[str]:
     _check_length("workload", settings.name)
     if settings.accelerator == "v5e" and settings.slice.hosts == 1:
         raise SettingsError(
-            f"topology = {settings.topology!r} of v5e is unknown to xpk, whose smallest is 2x4; take that, or use apply"
+            f"topology = {settings.topology!r} of v5e is unknown to xpk, whose smallest is 2x4; take that, or apply."
         )
     capacity = {"on-demand": ["--on-demand"], "spot": ["--spot"]}.get(
         settings.capacity, [f"--reservation={settings.capacity.removeprefix('reservation:')}"]
@@ -418,6 +418,9 @@ def _check_cluster(settings: Settings) -> None:
     for name, value in dataclasses.asdict(settings.cluster).items():
         if not value or "YOUR_" in value:
             raise SettingsError(f"cluster.{name} = {value!r} must be set for this; it is the {name} of your cluster.")
+        if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z0-9]+" if name == "zone" else r"[-a-z0-9.:]+", value):
+            expected = "a zone, as us-central2-b" if name == "zone" else "lower-case letters, digits and hyphens"
+            raise SettingsError(f"cluster.{name} = {value!r} must be {expected}.")
 
 
 def _check_length(what: str, name: str) -> None:

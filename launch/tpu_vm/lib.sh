@@ -42,6 +42,8 @@ start_script() {
   done
   [ -f "$settings" ] || die "there is no settings file $settings; copy $HERE/settings.sh and name it with --settings=FILE"
   [[ $settings == /* ]] || settings=./$settings # or bash would look along PATH
+  ! grep -q $'\r' "$settings" ||
+    die "$settings has Windows' line ends (CRLF), expected are LF's alone: sed -i 's/\r\$//' $settings"
   unset "${NEEDED[@]}" "${LISTS[@]}" "${OPTIONAL[@]}" # the file alone counts, not what the shell exports
   # shellcheck source=settings.sh
   source "$settings"
@@ -52,7 +54,7 @@ start_script() {
 
 # Fails before anything is paid for if a setting is missing or cannot work.
 check_settings() {
-  local name word
+  local name word node
   for name in "${NEEDED[@]}"; do
     [ -n "${!name:-}" ] || die "$1: $name is not set"
     [[ ${!name} != *YOUR_* ]] || die "$1: $name is still ${!name}; put your own value in its place"
@@ -69,12 +71,18 @@ check_settings() {
   TRAIN_ARGS=("${TRAIN_ARGS[@]+"${TRAIN_ARGS[@]}"}")
   CREATE_ARGS=("${CREATE_ARGS[@]+"${CREATE_ARGS[@]}"}")
   SSH_ARGS=("${SSH_ARGS[@]+"${SSH_ARGS[@]}"}")
-  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "$1: SLICES is '$SLICES'; it must be a whole number from 1"
+  [[ $SLICES =~ ^[1-9][0-9]{0,3}$ ]] || die "$1: SLICES is '$SLICES'; it must be a whole number from 1 to 9999"
   [[ $POLL_SECONDS =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "$1: POLL_SECONDS is '$POLL_SECONDS'; it must be a number of seconds"
   [[ $MAX_CRASHES =~ ^[0-9]+$ ]] || die "$1: MAX_CRASHES is '$MAX_CRASHES'; it must be a whole number"
   [[ $MAX_UNREACHABLE =~ ^[0-9]+$ ]] || die "$1: MAX_UNREACHABLE is '$MAX_UNREACHABLE'; it must be a whole number"
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$ ]] ||
     die "$1: NAME is '$NAME'; it must be at most 63 lower-case letters, digits and hyphens, and start with a letter"
+  node=$NAME-$((SLICES - 1))
+  [ "$SLICES" = 1 ] || [ ${#node} -le 63 ] ||
+    die "$1: NAME is '$NAME'; its last slice is $node, and names have at most 63 characters: shorten it"
+  [[ $ZONE =~ ^[a-z]+-[a-z]+[0-9]+-[a-z0-9]+$ ]] || die "$1: ZONE is '$ZONE'; expected is one as us-central2-b"
+  [ -f "$ROOT/${CONFIG%%:*}" ] ||
+    die "$1: CONFIG is '$CONFIG', which is no file of this checkout; write it from $ROOT on, as configs/base_3b.py"
   case $CAPACITY in
     on-demand | spot | reserved) ;;
     *) die "$1: CAPACITY is '$CAPACITY'; it must be on-demand, spot or reserved" ;;
@@ -91,9 +99,10 @@ check_settings() {
   check_accelerator "$1"
 }
 
-# Sets RUNTIME_VERSION where it is empty, and fails on an accelerator that these scripts do not know.
+# Sets RUNTIME_VERSION where it is empty, and fails on an accelerator that these scripts do not know, or of which there
+# is no slice of that size: a host of v4 and v5p has 8 cores.
 check_accelerator() {
-  local usual
+  local usual size
   case $ACCELERATOR_TYPE in
     v4-*) usual=tpu-ubuntu2204-base ;;
     v5litepod-*) usual=v2-alpha-tpuv5-lite ;;
@@ -101,8 +110,19 @@ check_accelerator() {
     v6e-*) usual=v2-alpha-tpuv6e ;;
     *) die "$1: ACCELERATOR_TYPE is '$ACCELERATOR_TYPE'; it must be v4-N, v5litepod-N (v5e), v5p-N or v6e-N" ;;
   esac
-  [[ ${ACCELERATOR_TYPE##*-} =~ ^[1-9][0-9]*$ ]] ||
+  [[ ${ACCELERATOR_TYPE##*-} =~ ^[1-9][0-9]{0,4}$ ]] ||
     die "$1: ACCELERATOR_TYPE is '$ACCELERATOR_TYPE'; after the last hyphen a number is expected, as in v4-512"
+  size=${ACCELERATOR_TYPE##*-}
+  case $ACCELERATOR_TYPE in
+    v4-* | v5p-*)
+      [ $((size % 8)) = 0 ] ||
+        die "$1: ACCELERATOR_TYPE is '$ACCELERATOR_TYPE'; a host has 8 cores: expected is a multiple of 8"
+      ;;
+    *)
+      [[ ' 1 4 8 16 32 64 128 256 ' == *" $size "* ]] ||
+        die "$1: ACCELERATOR_TYPE is '$ACCELERATOR_TYPE'; slices have 1, 4, 8, 16, 32, 64, 128 or 256 chips"
+      ;;
+  esac
   : "${RUNTIME_VERSION:=$usual}"
 }
 

@@ -336,6 +336,23 @@ def test_what_xpk_cannot_be_told_is_not_dropped(settings, name):
         jobset.xpk_command(settings(**{name: '"mine"'}))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("zone", "us-central2", "a zone, as us-central2-b"),
+        ("zone", "us central2-b", "a zone"),
+        ("project", "a b", "lower"),
+    ],
+)
+def test_a_cluster_that_cannot_be(settings_file, name, value, said):
+    path = settings_file()
+    path.write_text(re.sub(rf"^{name} = .*$", f'{name} = "{value}"', path.read_text(), flags=re.MULTILINE))
+    made = jobset.load_settings(path)
+    for commands in (jobset.nodepool_commands, jobset.xpk_command):
+        with pytest.raises(tpus.SettingsError, match=f"cluster.{name} = '{value}' must be {said}"):
+            commands(made)
+
+
 def test_one_node_pool_a_slice(settings):
     first, second = jobset.nodepool_commands(settings(slices="2", capacity='"reservation:mine"'))
     assert first[:5] == ["gcloud", "container", "node-pools", "create", "muse-0"]

@@ -437,6 +437,13 @@ def test_dry_run_prints_the_very_command(cloud, script):
         ("MAX_UNREACHABLE", "never", "MAX_UNREACHABLE is 'never'"),
         ("CREATE_ARGS", "'--one=1 --two=2'", "CREATE_ARGS must be a list in parentheses"),
         ("ACCELERATOR_TYPE", "v3-8", "v4-N, v5litepod-N (v5e), v5p-N or v6e-N"),
+        ("ACCELERATOR_TYPE", "v4-7", "expected is a multiple of 8"),
+        ("ACCELERATOR_TYPE", "v6e-12", "slices have 1, 4, 8"),
+        ("ZONE", "'us central2'", "ZONE is 'us central2'"),
+        ("ZONE", "us-central2", "expected is one as us-central2-b"),
+        ("SLICES", "99999999999999999999", "a whole number from 1 to 9999"),
+        ("NAME", f"{'m' * 61}; SLICES=12", "and names have at most 63 characters"),
+        ("CONFIG", "configs/none.py", "CONFIG is 'configs/none.py', which is no file of this checkout"),
         ("ACCELERATOR_TYPE", "v4-4x8x8", "after the last hyphen a number"),
     ],
 )
@@ -447,6 +454,16 @@ def test_settings_that_cannot_work_fail_before_anything_is_asked_for(cloud, sett
     assert said in done.stderr
     assert str(cloud.settings) in done.stderr
     assert cloud.calls() == []
+
+
+def test_windows_line_ends_are_named(cloud):
+    cloud.settings.write_bytes(cloud.settings.read_bytes().replace(b"\n", b"\r\n"))
+    done = cloud.run("start.sh", "--dry-run")
+    assert done.returncode == 1
+    assert "Windows' line ends (CRLF)" in done.stderr
+    mend = done.stderr.rsplit(": ", 1)[1]
+    subprocess.run(["bash", "-c", mend], check=True)
+    assert cloud.run("start.sh", "--dry-run").returncode == 0
 
 
 @pytest.mark.parametrize("script", COMMANDS)
