@@ -13,6 +13,7 @@ TPU resource nor a topology, and the Vertex one knows TPU v2 and v3 only.
 
 import pathlib
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -125,6 +126,19 @@ def describe(executor: xm.Executor, packageable: xm.Packageable) -> str:
     return f"{type(executor).__name__}: {executor.requirements!r}\n{what} {' '.join(args)}"
 
 
+def show_jobset() -> None:
+    """Prints what jobset.py would do.
+
+    Raises:
+      UsageError: if it refuses the settings file.
+    """
+    command = [sys.executable, ROOT / "launch/gke/jobset.py", "apply", f"--settings={_SETTINGS.value}", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise app.UsageError(done.stderr.strip())
+    print(done.stdout, end="")
+
+
 def launch(executor: xm.Executor, packageable: xm.Packageable) -> None:
     """Packages and adds the one job; waits for it where it is local.
 
@@ -143,6 +157,8 @@ def main(argv: Sequence[str]) -> Any:
     packageable = make_packageable(executor)
     if _DRY_RUN.value:
         print(describe(executor, packageable))
+        if _EXECUTOR.value == "jobset":
+            show_jobset()
         return
     launch(executor, packageable)
 

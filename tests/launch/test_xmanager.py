@@ -89,7 +89,11 @@ CASES = [
     ([*ARGUMENTS, "--image=r/i:1"], ["Local", "r/i:1 python -m muse_jax.train"]),
     ([*BUCKET, "--executor=kubernetes", "--image=r/i:1", "--gpu=a100=8"], ["Kubernetes", "a100=8", "r/i:1 python -m"]),
     ([*BUCKET, "--executor=vertex", "--image=r/i:1", "--gpu=h100=1"], ["Vertex", "h100=1", "gs://bucket/run"]),
-    (["--executor=jobset", "--settings=mine.toml"], ["Local", "launch/gke/jobset.py apply --settings=mine.toml"]),
+    (
+        ["--executor=jobset", "--settings=mine.toml"],
+        ["Local", "launch/gke/jobset.py apply --settings=mine.toml", "kind: JobSet"],
+    ),
+    (["--executor=jobset"], ["UsageError: SettingsError: ", "put your own value in its place"]),
     *(
         (["--executor=jobset", "--settings=mine.toml", flag], [f"UsageError: {flag.split('=')[0]} is not for jobset"])
         for flag in (*ARGUMENTS, "--image=r/i:1")
@@ -104,7 +108,8 @@ CASES = [
 
 
 def test_dry_run_says_what_it_would_launch_or_what_is_wrong_and_launches_nothing(stand_in, tmp_path):
-    (tmp_path / "mine.toml").touch()
+    shipped = (ROOT / "launch" / "gke" / "settings.toml").read_text()
+    (tmp_path / "mine.toml").write_text(shipped.replace("YOUR_", "my-").lower())
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(SCRIPT)],
         input=json.dumps([case for case, _ in CASES]),
