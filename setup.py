@@ -72,7 +72,7 @@ setuptools.setup(
         "tpu_compile": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
         "tpu": [f"jax[tpu]{WITHOUT_WRONG_SUMS}"],
         "cuda": [f"jax[cuda12]{WITHOUT_WRONG_SUMS}"],
-        "launch": ["xmanager>=0.8.5"],  # launch/xmanager; the other launchers need nothing from PyPI
+        "launch": ["xmanager>=0.8.5"],  # launch/xmanager; launch/gke needs PyYAML alone, which flax brings
         "test": [
             *CONVERT,
             *TFDS_BUILD,

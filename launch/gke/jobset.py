@@ -21,13 +21,18 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from typing import Any
 
 import tpus
-import yaml
 from tpus import SettingsError
+
+try:
+    import tomllib
+
+    import yaml
+except ImportError as error:
+    sys.exit(f"{error}: jobset.py needs Python 3.11 or newer, and PyYAML: pip install pyyaml")
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -384,6 +389,12 @@ def nodepool_commands(settings: Settings) -> list[list[str]]:
     ]
 
 
+def list_command(settings: Settings) -> list[str]:
+    """`gcloud container node-pools list`, by name and status."""
+    where = _in_cluster(settings.cluster)
+    return ["gcloud", "container", "node-pools", "list", *where, "--format=value(name,status)"]
+
+
 def missing_nodepools(settings: Settings) -> list[list[str]]:
     """`nodepool_commands` without the node pools that are there, so that what failed half way can be run again.
 
@@ -392,8 +403,7 @@ def missing_nodepools(settings: Settings) -> list[list[str]]:
       subprocess.CalledProcessError: if gcloud can't list them.
     """
     where = _in_cluster(settings.cluster)
-    command = ["gcloud", "container", "node-pools", "list", *where, "--format=value(name,status)"]
-    listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    listed = subprocess.run(list_command(settings), stdout=subprocess.PIPE, text=True, check=True).stdout
     states = dict(line.split("\t") for line in listed.splitlines())
     missing = []
     for create in nodepool_commands(settings):
@@ -469,6 +479,8 @@ def main(argv: list[str]) -> int:
         if text and (arguments.dry_run or arguments.action == "show"):
             print(text, end="")
         if arguments.dry_run:
+            if arguments.action == "nodepools":
+                print(f"{shlex.join(list_command(settings))}  # then those that are not there yet:")
             for command in commands:
                 print(f"# {shlex.join(command)}" if text else shlex.join(command))
             return 0

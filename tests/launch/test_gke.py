@@ -461,6 +461,8 @@ def test_dry_run_prints_and_does_nothing(tool, settings_file, capsys, action):
     assert tool("calls") == ""
     program = {"image": "docker", "nodepools": "gcloud", "xpk": "xpk"}.get(action, "kubectl")
     assert action == "show" or f"{program} " in printed
+    if action == "nodepools":  # those there are stay, so that the real run asks first
+        assert printed.startswith("gcloud container node-pools list --project=my-project")
     if action in ("show", "apply"):
         assert yaml.safe_load(printed)["kind"] == "JobSet"  # the command below it is a comment
 
@@ -470,6 +472,18 @@ def test_the_generator_runs_as_a_command(settings_file):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "slices = 0 must be at least 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("module", ["yaml", "tomllib"])
+def test_a_python_that_lacks_something_is_told_so(settings_file, module):
+    code = f"import sys, runpy; sys.modules[{module!r}] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    command = [sys.executable, "-c", code, GKE / "jobset.py"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(GKE)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "needs Python 3.11 or newer, and PyYAML: pip install pyyaml" in done.stderr
     assert "Traceback" not in done.stderr
 
 
