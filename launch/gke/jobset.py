@@ -332,7 +332,7 @@ def _data_volume(settings: Settings) -> dict[str, Any]:
     # implicit-dirs: folders of which a bucket knows only that files' names begin with them
     attributes = {"bucketName": settings.data_bucket, "mountOptions": "implicit-dirs"}
     if settings.host_network:
-        attributes["hostNetworkPodKSA"] = "true"  # or it would have no account there
+        attributes["hostNetworkPodKSA"] = "true"  # read as service_account; from GKE 1.33.3 on
     return {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True, "volumeAttributes": attributes}
 
 
