@@ -14,7 +14,7 @@ from etils import epath
 from PIL import Image
 
 from muse_jax import data
-from muse_jax.data import array_records, conversion, inputs
+from muse_jax.data import array_record_source, array_records, conversion, inputs, transforms
 from muse_jax.specs import DataSpec
 
 
@@ -395,6 +395,14 @@ def test_filters_at_reading(tmp_path):
         captions(min_side=65)
     prints = [data.fingerprint(spec_of(tmp_path / "out", min_side=side)) for side in (0, 25)]
     assert prints[0] != prints[1]
+
+
+@pytest.mark.parametrize(("min_side", "max_aspect"), [(0, 1.0), (7, 0.0), (7, 3.0), (0, 1.1), (2**31, 2.0)])
+def test_filters_at_reading_are_those_of_the_conversion(min_side, max_aspect):
+    sides = [0, 1, 6, 7, 8, 10, 11, 21, 22, 23, 30, 33, 2**31, 2**32 - 1]
+    sizes = np.array(list(itertools.product(sides, sides)), np.uint32)
+    expected = [not transforms.size_fault(*size, min_side, max_aspect) for size in sizes.tolist()]
+    assert array_record_source._passing(sizes, min_side, max_aspect).tolist() == expected
 
 
 def test_what_was_done_is_not_done_again(tars, tmp_path, monkeypatch):
