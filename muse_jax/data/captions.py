@@ -20,7 +20,7 @@ class Captions:
         self._root = root
         self._keys = keys
         self._text_key = text_key
-        self._replaced = 0  # captions with bytes that are no UTF-8
+        self._replaced = 0  # captions with bytes that are no text
         self._tables = {}  # folder -> {key: caption}
         for key in sorted(keys):
             folder, name = os.path.split(key)
@@ -61,9 +61,7 @@ class Captions:
             raise OSError(errno.EINVAL, "not a regular file")
         with open(path, "rb") as file:
             data = file.read(limit)
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return data.decode("utf-16", "replace")
-        text = data.decode("utf-8-sig", "replace")
+        text = decoded(data)
         self._replaced += "\ufffd" in text
         return text
 
@@ -97,6 +95,11 @@ class Captions:
         if outside:
             self.notes.append(f"{key}: {len(outside)} rows name files outside its folder ({outside[0]}, ...).")
         return table
+
+
+def decoded(data: bytes) -> str:
+    """A caption file's text: UTF-16 where it starts with that mark, else UTF-8; what is neither is replaced."""
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
 
 
 def _json_rows(text: str) -> Iterator[dict[str, Any] | None]:

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from muse_jax.data import folders, tfds_features, transforms
+from muse_jax.data import captions, folders, tfds_features, transforms
 
 Piece = Mapping[str, Any]
 
@@ -111,7 +111,7 @@ class WebDataset:
             return Skipped(key, "several pictures of one key")
         text = meta.get(self.text_key or _JSON_CAPTION)
         if ".txt" in files and not self.text_key:
-            text = files[".txt"].decode("utf-8-sig", "replace")
+            text = captions.decoded(files[".txt"])
         return Sample(key, files[pictures[0]], _texts(text))
 
 

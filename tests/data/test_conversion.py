@@ -172,6 +172,14 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path):
     assert found["samples"] == len(kept) + sum(entry["count"] for entry in found["skipped"].values())
 
 
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_caption_beside_a_picture_is_read_in_its_coding(tmp_path, coding):
+    mark = "\ufeff" if coding == "utf-16-be" else ""
+    write_tar(tmp_path / "a.tar", [("0.png", picture(0)), ("0.txt", (mark + "übung").encode(coding))])
+    (sample,) = inputs.WebDataset("").samples({"path": str(tmp_path / "a.tar")})
+    assert sample.text == "übung"
+
+
 def test_of_samples_with_one_key_the_first_is_kept_and_the_second_counted_as_skipped(tmp_path):
     def named(key, *files):
         return [(f"{key}.{ending}", content) for ending, content in files]
