@@ -193,13 +193,15 @@ class Parquet:
         for flag, key in (("image_key", self.image_key), ("text_key", self.text_key)):
             if key not in schema.names:
                 raise InputError(f"no column {key!r}; set --{flag}. {listed}")
+            if schema.get_field_index(key) < 0:
+                raise InputError(f"several columns {key!r}; rename all but one, or set --{flag}. {listed}")
         image, text = (_stored(schema.field(key).type) for key in (self.image_key, self.text_key))
         if pa.types.is_struct(image):
-            image = image.field("bytes").type if image.get_field_index("bytes") >= 0 else None
-        if image is None or not (pa.types.is_binary(image) or pa.types.is_large_binary(image)):
+            image = _stored(image.field("bytes").type) if image.get_field_index("bytes") >= 0 else None
+        if image not in (pa.binary(), pa.large_binary(), pa.binary_view()):
             raise InputError(f"column {self.image_key!r} is no picture's bytes; set --image_key. {listed}")
         text = _stored(text.value_type) if pa.types.is_list(text) or pa.types.is_large_list(text) else text
-        if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
+        if text not in (pa.string(), pa.large_string(), pa.string_view()):
             raise InputError(f"column {self.text_key!r} is no text; set --text_key. {listed}")
 
     def samples(self, piece: Piece) -> Samples:

@@ -367,6 +367,32 @@ def test_parquet_categoricals_are_texts(tmp_path):
     assert list(data.make_source(spec_of(tmp_path / "out")).captions()) == ["red", "green", "red"]
 
 
+@pytest.mark.parametrize("kind", ["view", "list of views", "large", "categorical in a struct"])
+def test_parquet_columns_of_other_types_are_read(tmp_path, kind):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    view = "view" in kind
+    images = pa.array([picture(0), picture(1)], pa.binary_view() if view else pa.large_binary())
+    texts = pa.array(["red", "green"], pa.string_view() if view else pa.large_string())
+    if kind == "list of views":
+        texts = pa.array([["red"], ["green"]], pa.list_(pa.string_view()))
+    if kind == "categorical in a struct":
+        images = pa.array([picture(0), picture(1)]).dictionary_encode()
+        images = pa.StructArray.from_arrays([images, pa.array(["a", "b"])], ["bytes", "path"])
+    pq.write_table(pa.table({"image": images, "text": texts}), tmp_path / "a.parquet")
+    run(job(inputs.Parquet(str(tmp_path)), tmp_path / "out", eval_share=0.0))
+    source = data.make_source(spec_of(tmp_path / "out"))
+    found = [(source[i]["text"], tuple(source[i]["image"][8, 8])) for i in range(2)]
+    assert found == [("red", colour(0)), ("green", colour(1))]
+
+
+def test_parquet_columns_of_one_name_are_named(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = [pa.array([picture(0)]), pa.array(["one"]), pa.array(["two"])]
+    pq.write_table(pa.Table.from_arrays(columns, ["image", "text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(inputs.InputError, match=r"a\.parquet cannot be read: several columns 'text'; .*--text_key"):
+        inputs.Parquet(str(tmp_path)).pieces()
+
+
 @pytest.mark.parametrize("kind", ["text", "categorical", "list"])
 def test_a_parquet_caption_that_is_no_utf8_costs_its_odd_bytes_alone(tmp_path, kind):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
