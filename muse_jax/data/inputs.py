@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -105,8 +105,7 @@ class WebDataset:
         pictures = [extension for extension in files if extension in folders.EXTENSIONS]
         meta = _json(files.get(".json", b""))
         if not pictures:
-            status = meta.get("status")
-            return Skipped(key, f"{NO_PICTURE} ({status})" if isinstance(status, str) else NO_PICTURE)
+            return Skipped(key, _why_no_picture(files, meta))
         if len(pictures) > 1:
             return Skipped(key, "several pictures of one key")
         text = meta.get(self.text_key or _JSON_CAPTION)
@@ -377,6 +376,17 @@ def _key(member: tarfile.TarInfo) -> str:
     folder, name = os.path.split(member.name)
     stem = name.partition(".")[0]
     return os.path.join(folder, stem) if stem and not member.isdir() else ""
+
+
+def _why_no_picture(extensions: Iterable[str], meta: Mapping[str, Any]) -> str:
+    """Why a tar's files of one key have no picture; `meta` is what img2dataset says of them."""
+    endings = ["." + extension.rpartition(".")[2] for extension in extensions]
+    if any(ending in folders.EXTENSIONS for ending in endings):
+        return "dots in its name: files are grouped up to the first dot"
+    if others := [ending for ending in endings if ending in folders.OTHER_PICTURES]:
+        return f"format not read ({others[0]})"
+    status = meta.get("status")
+    return f"{NO_PICTURE} ({status})" if isinstance(status, str) else NO_PICTURE
 
 
 def _fault_at_end(file: BinaryIO, end: int) -> str:

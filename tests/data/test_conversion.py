@@ -172,6 +172,23 @@ def test_what_cannot_be_used_is_counted_and_named(tmp_path):
     assert found["samples"] == len(kept) + sum(entry["count"] for entry in found["skipped"].values())
 
 
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([f"a.{i:03d}.{ending}" for i in range(3) for ending in ("jpg", "txt")], "dots in its name: files are grouped"),
+        (["a.v2.jpg", "a.v2.txt"], "dots in its name: files are grouped up to the first dot"),
+        (["a.tif", "a.txt"], "format not read (.tif)"),
+        (["a.v2.AVIF", "a.v2.txt"], "format not read (.avif)"),
+        (["a.txt", "a.cls"], "no picture"),
+    ],
+)
+def test_what_of_a_tar_is_no_picture_by_its_name_is_told_apart(tmp_path, names, reason):
+    write_tar(tmp_path / "a.tar", [(name, b"1") for name in names])
+    (skipped,) = inputs.WebDataset("").samples({"path": str(tmp_path / "a.tar")})
+    assert skipped.key == "a"
+    assert skipped.reason.startswith(reason)
+
+
 @pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
 def test_a_caption_beside_a_picture_is_read_in_its_coding(tmp_path, coding):
     mark = "\ufeff" if coding == "utf-16-be" else ""
