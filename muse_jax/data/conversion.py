@@ -47,13 +47,13 @@ class Conversion:
         """Makes the shards of a piece, number `number` of `count`, unless they are there.
 
         Returns:
-          The part of the manifest: {"shards": {split: shard}, "skipped": {reason: keys}, "samples": their number,
-          "notes": {what was lost besides samples, or passed over: where}}.
+          The part of the manifest: {"shards": {split: shard}, "skipped": {reason: {"count": how many, "first": keys}},
+          "samples": their number, "notes": {what was lost besides samples, or passed over: likewise, where}}.
         """
         folder = epath.Path(self.out)
         place = folder / array_records.PARTS / f"{number:05d}.json"
         if done := array_records.done(folder, place.name, "pictures", "skipped", "samples"):
-            return done
+            return _short(done)
         skipped, notes = collections.defaultdict(list), collections.defaultdict(list)
         shards, samples = {}, 0
         with contextlib.ExitStack() as stack:
@@ -74,7 +74,7 @@ class Conversion:
                     shards[split] = dataclasses.asdict(shard)
         part = {"shards": shards, "skipped": skipped, "samples": samples, "notes": notes}
         array_records.write_json(place, part)
-        return part
+        return _short(part)
 
     def _checked(self, sample: inputs.Sample | inputs.Skipped) -> tuple[int, int] | inputs.Skipped:
         """A sound picture's width and height."""
@@ -98,18 +98,27 @@ class Conversion:
             parts,
             samples=sum(part["samples"] for part in parts),
             skipped=_counted(part["skipped"] for part in parts),
-            notes=_counted(part.get("notes", {}) for part in parts),
+            notes=_counted(part["notes"] for part in parts),
         )
 
 
-def _counted(found: Iterable[Mapping[str, Sequence[str]]]) -> dict[str, dict[str, Any]]:
+def _short(part: Mapping[str, Any]) -> dict[str, Any]:
+    """A part as the manifest needs it: all keys of all parts would be gigabytes, which one process gathers."""
+    return {**part, **{name: _named(part.get(name, {})) for name in ("skipped", "notes")}}
+
+
+def _named(found: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    return {reason: {"count": len(keys), "first": keys[:_NAMED]} for reason, keys in found.items()}
+
+
+def _counted(found: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """{reason: how many there are, and the first few} over all parts."""
     counted: dict[str, dict[str, Any]] = {}
     for reasons in found:
-        for reason, keys in reasons.items():
+        for reason, named in reasons.items():
             entry = counted.setdefault(reason, {"count": 0, "first": []})
-            entry["count"] += len(keys)
-            entry["first"] = [*entry["first"], *keys][:_NAMED]
+            entry["count"] += named["count"]
+            entry["first"] = [*entry["first"], *named["first"]][:_NAMED]
     return counted
 
 

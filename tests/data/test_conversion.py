@@ -456,6 +456,27 @@ def test_filters_at_reading_are_those_of_the_conversion(min_side, max_aspect):
     assert array_record_source._passing(sizes, min_side, max_aspect).tolist() == expected
 
 
+def test_the_manifest_counts_what_its_parts_name(tmp_path):
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", itertools.chain.from_iterable(members_of(i) for i in range(7 + number)))
+    work = job(inputs.WebDataset(str(tmp_path)), tmp_path / "out", min_side=99)
+    keys, reason = [f"{i:09d}" for i in range(8)], "shorter side below 99 pixels"
+    assert run(work)["skipped"] == {reason: {"count": 15, "first": [*keys[:7], *keys[:3]]}}
+    assert json.loads((tmp_path / "out/parts/00001.json").read_text())["skipped"] == {reason: keys}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_part_names_only_a_few_of_what_it_skipped_to_the_process_that_gathers_all(tmp_path, again):
+    write_tar(tmp_path / "a.tar", itertools.chain.from_iterable(members_of(i, size=(9, 9)) for i in range(30)))
+    work = job(inputs.WebDataset(str(tmp_path)), tmp_path / "out", min_side=10)
+    if again:
+        run(work)
+    array_records.begin(epath.Path(work.out), work.plan(work.source.pieces()))
+    part = work.convert(0, 1, work.source.pieces()[0])
+    first = [f"{i:09d}" for i in range(10)]
+    assert part["skipped"] == {"shorter side below 10 pixels": {"count": 30, "first": first}}
+
+
 def test_what_was_done_is_not_done_again(tars, tmp_path, monkeypatch):
     out = tmp_path / "out"
     work = job(inputs.WebDataset(str(tars)), out)
