@@ -218,6 +218,8 @@ def _message(error: Exception) -> str:
     if not isinstance(error, RuntimeError):
         lines = [f"{type(error).__name__}: {' '.join(lines)}"]
     said = lines[-1] if lines else type(error).__name__
+    if said.startswith("Channel closed prematurely"):  # all that Beam says of it
+        return "A worker process ended (killed, perhaps for memory); start again to go on, with fewer --workers."
     return re.sub(r"^(RuntimeError: )?(\w+\.)*(?=\w+: )", "", said).split(" [while running ")[0]
 
 

@@ -120,6 +120,12 @@ def test_an_error_of_a_worker_process_is_its_last_line():
     assert convert._message(error) == "InputError: it changed"
 
 
+def test_a_worker_process_that_was_killed_is_said_to_have_ended():
+    said = convert._message(RuntimeError("Channel closed prematurely."))
+    assert said.startswith("A worker process ended (killed, perhaps for memory); start again to go on")
+    assert "--workers" in said
+
+
 def test_an_empty_split_for_evaluation_is_said(tars, tmp_path, capsys):
     flags = ["--eval_share=1e-9", "--workers=1"]
     assert convert.main(arguments(tars, tmp_path / "out", *flags)) == 0
