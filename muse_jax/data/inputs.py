@@ -28,6 +28,8 @@ Piece = Mapping[str, Any]
 NO_PICTURE = "no picture"
 _BLOCK = 512  # bytes of a tar's header; two empty ones end it
 _CHUNK = 2**16  # bytes read at a time behind its last member
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_PACKED_STARTS = (b"\x1f\x8b", b"BZh91AY&SY", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # of files in those formats
 _JSON_CAPTION = "caption"  # in the .json beside a picture, as img2dataset writes it
 
 
@@ -66,20 +68,35 @@ class WebDataset:
     text_key: str = ""
 
     def pieces(self) -> list[Piece]:
-        """The tars."""
-        return [_file_piece(path) for path in _matching(self.path, ".tar", "tars")]
+        """The tars.
+
+        Raises:
+          InputError: if one is compressed, by its name; or there are none.
+        """
+        paths = _matching(self.path, "tars", ".tar", *_PACKED)
+        if packed := [path for path in paths if path.endswith(_PACKED)]:
+            raise InputError(
+                f"{packed[0]} is compressed ({len(packed)} of {len(paths)} files are); unpack it first, or leave it "
+                "out with a pattern, such as --path='DIR/*.tar'."
+            )
+        return [_file_piece(path) for path in paths]
 
     def samples(self, piece: Piece) -> Samples:
         """The samples of a tar; of a damaged one those before the damage."""
-        fault = ""
+        name, fault = os.path.basename(piece["path"]), ""
         try:
-            with epath.Path(piece["path"]).open("rb") as file, tarfile.open(fileobj=file, mode="r|") as tar:
-                yield from self._grouped(tar)
-                fault = _fault_at_end(file, tar.offset)
+            with epath.Path(piece["path"]).open("rb") as file:
+                if file.read(_BLOCK).startswith(_PACKED_STARTS):
+                    yield Skipped(name, "compressed tar: unpack it first", sample=False)
+                    return
+                file.seek(0)
+                with tarfile.open(fileobj=file, mode="r|") as tar:
+                    yield from self._grouped(tar)
+                    fault = _fault_at_end(file, tar.offset)
         except (tarfile.TarError, EOFError, OSError) as error:
             fault = f"damaged tar ({type(error).__name__})"
         if fault:
-            yield Skipped(os.path.basename(piece["path"]), f"{fault}: what followed is lost", sample=False)
+            yield Skipped(name, f"{fault}: what followed is lost", sample=False)
 
     def _grouped(self, tar: tarfile.TarFile) -> Samples:
         seen: set[str] = set()
@@ -177,7 +194,7 @@ class Parquet:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        paths = _matching(self.path, ".parquet", "Parquet files")
+        paths = _matching(self.path, "Parquet files", ".parquet")
         try:
             with epath.Path(paths[0]).open("rb") as file:
                 self._check(pq.read_schema(file))
@@ -332,8 +349,8 @@ def _captions(feature: Any, value: Any) -> Any:
     return [tfds_features.as_text(inner, one) for one in many]
 
 
-def _matching(pattern: str, ending: str, what: str) -> list[str]:
-    """The files of a pattern or a folder, sorted.
+def _matching(pattern: str, what: str, *endings: str) -> list[str]:
+    """The files of a pattern, or those of a folder with one of the endings, sorted.
 
     Raises:
       InputError: if there are none.
@@ -342,7 +359,7 @@ def _matching(pattern: str, ending: str, what: str) -> list[str]:
     path = epath.Path(given)
     if path.is_dir():
         visible = (file for file in path.iterdir() if not file.name.startswith("."))
-        found = [file for file in visible if file.name.endswith(ending)]
+        found = [file for file in visible if file.name.endswith(endings)]
     elif path.exists():
         found = [path]
     elif _remote(given):
@@ -353,7 +370,8 @@ def _matching(pattern: str, ending: str, what: str) -> list[str]:
     if not files:
         braces = " Braces are not read: write * in their place." if "{" in pattern else ""
         raise InputError(
-            f"--path {pattern!r} names no {what}; expected a folder of *{ending}, or a pattern with *, ? or **.{braces}"
+            f"--path {pattern!r} names no {what}; expected a folder of *{endings[0]}, or a pattern with *, ? or **."
+            + braces
         )
     return sorted(files)
 

@@ -1,9 +1,12 @@
 """Tars, folders and Parquet files as ArrayRecord shards: what is kept, what is skipped and why, and reading it back."""
 
+import bz2
 import dataclasses
+import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import tarfile
 import types
@@ -245,6 +248,25 @@ def test_a_file_that_is_no_tar_is_noted_once_and_is_no_sample(tmp_path, content)
     assert found["samples"] == 0
     assert found["skipped"] == {}
     assert found["notes"] == {"damaged tar (ReadError): what followed is lost": {"count": 1, "first": ["a.tar"]}}
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_tar_is_said_to_be_one(tmp_path, pack):
+    write_tar(tmp_path / "a.tar", members_of(0))
+    (tmp_path / "b.tar").write_bytes(pack((tmp_path / "a.tar").read_bytes()))
+    found = run(job(inputs.WebDataset(str(tmp_path)), tmp_path / "out"))
+    assert found["samples"] == 1
+    assert found["notes"] == {"compressed tar: unpack it first": {"count": 1, "first": ["b.tar"]}}
+
+
+@pytest.mark.parametrize("name", ["b.tar.gz", "b.tgz"])
+def test_a_compressed_tar_is_refused_by_its_name(tmp_path, name):
+    for tar in ("a.tar", name):
+        write_tar(tmp_path / tar, members_of(0))
+    for path in ("", "*", name):
+        with pytest.raises(inputs.InputError, match=rf"{name} is compressed .*; unpack it first"):
+            inputs.WebDataset(str(tmp_path / path)).pieces()
+    assert len(inputs.WebDataset(str(tmp_path / "*.tar")).pieces()) == 1
 
 
 @pytest.mark.parametrize("cut", [512, 1024, 1536, 2048, 2600, 3072, 4000])
