@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from muse_jax.data import array_records, transforms
@@ -80,10 +81,17 @@ class ArrayRecordSource:
         return {"image": image, "text": text}
 
     def captions(self) -> Iterator[str]:
-        """Every caption of the split."""
+        """Every caption of the split but those of damaged records, which training skips, too."""
+        damaged = []
         for index in range(len(self)):
-            text = self._record(index)["text"]
+            try:
+                text = self._record(index)["text"]
+            except transforms.UnusableError as error:
+                damaged.append(str(error))
+                continue
             yield from [text] if isinstance(text, str) else text
+        if damaged:
+            logging.warning("%d records of %s have no captions: %s, ...", len(damaged), self._spec.path, damaged[0])
 
     def fingerprint(self) -> str:
         """Changes with any picture or caption, and with the filters; not with where the folder lies."""
