@@ -1,7 +1,8 @@
 """Converted pictures as a source: random access to ArrayRecord shards; see `muse_jax.data.make_source`."""
 
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,13 @@ class ArrayRecordSource:
     def __init__(self, spec: DataSpec, split: str = "train"):
         self._spec = spec
         self._split = spec.eval_split if split == "eval" else spec.split
-        folder, manifest = array_records.read_manifest(spec.path, "pictures")
+        self._folder, manifest = array_records.read_manifest(spec.path, "pictures")
         hint = "Set data.split to one of them."
         if split == "eval":
             hint = "Set data.eval_split to one of them, or convert the pictures with a larger --eval_share."
-        self._shards = array_records.shards_of(folder, manifest, self._split, hint)
-        self._records = array_records.open_shards(folder, self._shards)
-        self._kept = self._filtered(folder)
+        self._shards = array_records.shards_of(self._folder, manifest, self._split, hint)
+        self._records = array_records.open_shards(self._folder, self._shards)
+        self._kept = self._filtered()
         if not len(self):
             raise ValueError(
                 f"No picture of {spec.path}, split {self._split!r}, has at least data.min_side {spec.min_side} "
@@ -43,13 +44,13 @@ class ArrayRecordSource:
             )
         self._reader = Reader(self._read, length=len(self), name_of=self._name, fixed=False)
 
-    def _filtered(self, folder: epath.Path) -> np.ndarray | None:
+    def _filtered(self) -> np.ndarray | None:
         """Positions of the pictures that the config's filters keep; None for all of them."""
         if not self._spec.min_side and not self._spec.max_aspect:
             return None
         kept, first = [], 0
         for shard in self._shards:
-            sizes = _sizes(folder / (shard.name + array_records.SIZES), shard.records)
+            sizes = _sizes(self._folder / (shard.name + array_records.SIZES), shard.records)
             kept.append(first + np.flatnonzero(_passing(sizes, self._spec.min_side, self._spec.max_aspect)))
             first += shard.records
         return np.concatenate(kept)
@@ -82,16 +83,25 @@ class ArrayRecordSource:
 
     def captions(self) -> Iterator[str]:
         """Every caption of the split but those of damaged records, which training skips, too."""
-        damaged = []
-        for index in range(len(self)):
-            try:
-                text = self._record(index)["text"]
-            except transforms.UnusableError as error:
-                damaged.append(str(error))
-                continue
-            yield from [text] if isinstance(text, str) else text
+        damaged, stop = [], 0
+        for shard in self._shards:
+            start, stop = stop, stop + shard.records
+            texts = _texts(self._folder / (shard.name + array_records.CAPTIONS), shard.records)
+            for position in self._positions(start, stop):
+                try:
+                    text = texts[position - start] if texts else array_records.read(self._records, position)["text"]
+                except transforms.UnusableError as error:
+                    damaged.append(str(error))
+                    continue
+                yield from [text] if isinstance(text, str) else text
         if damaged:
             logging.warning("%d records of %s have no captions: %s, ...", len(damaged), self._spec.path, damaged[0])
+
+    def _positions(self, start: int, stop: int) -> Sequence[int]:
+        """Those from `start` to `stop` that the filters keep."""
+        if self._kept is None:
+            return range(start, stop)
+        return self._kept[slice(*np.searchsorted(self._kept, (start, stop)))].tolist()
 
     def fingerprint(self) -> str:
         """Changes with any picture or caption, and with the filters; not with where the folder lies."""
@@ -118,3 +128,12 @@ def _sizes(path: epath.Path, records: int) -> np.ndarray:
             f"({error}). Bring it back; or remove it, and start muse_jax.convert again, which makes what is missing."
         ) from error
     return sizes
+
+
+def _texts(path: epath.Path, records: int) -> list[str | list[str]] | None:
+    """The captions of a shard's pictures, which need not be read for them; None where the file can't be used."""
+    try:
+        texts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return texts if isinstance(texts, list) and len(texts) == records else None

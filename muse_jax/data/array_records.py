@@ -27,6 +27,7 @@ MANIFEST, PARTS, PLAN = "manifest.json", "parts", "plan.json"
 VERSION = 1
 DRAFTS = ".draft-"  # how the names of folders with unfinished files start
 SIZES = ".sizes.npy"  # beside each shard of pictures: their width and height, uint32 [records, 2]
+CAPTIONS = ".captions.json"  # likewise: the list of their texts; folders that were made before have none
 THREADS = 64  # that ask for files, which may be far away
 
 _BESIDE = {"pictures": (SIZES,), "tokens": ()}  # endings of the files beside a shard, by the manifest's kind

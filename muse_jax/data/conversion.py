@@ -123,24 +123,27 @@ def _counted(found: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict
 
 
 class _Writer:
-    """A shard of pictures and the file with their sizes beside it."""
+    """A shard of pictures, and beside it the files with their sizes and captions."""
 
     def __init__(self, folder: epath.Path, split: str, number: int, count: int, stack: contextlib.ExitStack):
         self._folder = folder
         self._name = f"{split}-{number:05d}-of-{count:05d}.array_record"
         self._shard = stack.enter_context(array_records.ShardWriter(folder, self._name))
         self._sizes: list[tuple[int, int]] = []
+        self._texts: list[str | tuple[str, ...]] = []
 
     def write(self, sample: inputs.Sample, size: tuple[int, int]) -> None:
         record = {"key": sample.key, "image": sample.image, "text": sample.text}
         self._shard.write(array_records.pack(record))
         self._sizes.append(size)
+        self._texts.append(sample.text)
 
     def finish(self) -> array_records.Shard | None:
         if self._sizes:
             file = io.BytesIO()
             np.save(file, np.array(self._sizes, np.uint32))
             array_records.write_bytes(self._folder / (self._name + array_records.SIZES), file.getvalue())
+            array_records.write_json(self._folder / (self._name + array_records.CAPTIONS), self._texts)
         return self._shard.finish()
 
 

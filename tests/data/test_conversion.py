@@ -592,9 +592,34 @@ def damaged(path, *places):
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("content", ["whole", None, "", "[]", "{}"])
+@pytest.mark.parametrize("filters", [{}, {"min_side": 12}])
+def test_captions_are_read_without_the_pictures_where_they_are_beside_them(tmp_path, monkeypatch, content, filters):
+    texts, out = ["one", "half \ud83d", "three", "four"], tmp_path / "out"
+    for number in range(2):
+        indices = range(2 * number, 2 * number + 2)
+        pictures = [(f"{i}.png", picture(i, size=(10 + i, 20))) for i in indices]
+        captions = [(f"{i}.json", dumps({"caption": texts[i]})) for i in indices]
+        write_tar(tmp_path / f"{number}.tar", itertools.chain.from_iterable(zip(pictures, captions, strict=True)))
+    run(job(inputs.WebDataset(str(tmp_path)), out, eval_share=0.0))
+    if content == "whole":
+        monkeypatch.setattr(array_records, "read", None)
+    else:
+        file = out / "train-00001-of-00002.array_record.captions.json"
+        file.unlink() if content is None else file.write_text(content)
+    assert list(data.make_source(spec_of(out, **filters)).captions()) == texts[2 if filters else 0 :]
+
+
+def without_captions(out):
+    """Removes the captions beside the shards, as folders have none that were made before there were such files."""
+    for file in out.glob("*.captions.json"):
+        file.unlink()
+
+
 def test_a_shard_without_a_readable_index_is_an_error_that_names_it(tars, tmp_path):
     out = tmp_path / "out"
     run(job(inputs.WebDataset(str(tars)), out, eval_share=0.0))
+    without_captions(out)
     damaged(out / "train-00001-of-00003.array_record", slice(0, None))
     source = data.make_source(spec_of(out))
     assert source[0]["text"] == "picture 0"
@@ -606,6 +631,7 @@ def test_a_shard_without_a_readable_index_is_an_error_that_names_it(tars, tmp_pa
 def test_a_damaged_record_is_said_to_be_of_its_shard(tars, tmp_path, caplog):
     out = tmp_path / "out"
     run(job(inputs.WebDataset(str(tars)), out, eval_share=0.0))
+    without_captions(out)
     damaged(out / "train-00001-of-00003.array_record", slice(200, 210))  # within its first record
     source = data.make_source(spec_of(out))
     assert source[8]["text"] != "picture 8"
