@@ -95,7 +95,7 @@ class ArrayRecordSource:
                     continue
                 yield from [text] if isinstance(text, str) else text
         if damaged:
-            logging.warning("%d records of %s have no captions: %s, ...", len(damaged), self._spec.path, damaged[0])
+            logging.warning("No captions of %d records of %s; the first: %s", len(damaged), self._spec.path, damaged[0])
 
     def _positions(self, start: int, stop: int) -> Sequence[int]:
         """Those from `start` to `stop` that the filters keep."""

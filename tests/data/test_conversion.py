@@ -640,7 +640,7 @@ def test_a_damaged_record_is_said_to_be_of_its_shard(tars, tmp_path, caplog):
     caplog.clear()
     assert list(source.captions()) == [f"picture {i}" for i in range(24) if i != 8]
     (said,) = caplog.messages
-    assert said.startswith(f"1 records of {out} have no captions: damaged record: ")
+    assert said.startswith(f"No captions of 1 records of {out}; the first: damaged record: ")
     assert "train-00001-of-00003.array_record" in said
 
 
