@@ -340,7 +340,7 @@ class DeadlinesSpec:
     evaluate: float = 3600.0
     samples: float = 3600.0
     save: float = 1800.0  # a checkpoint, as far as the steps wait for it
-    heartbeat: float = 60.0  # until a process of which nothing is heard counts as dead
+    heartbeat: float = 60.0  # until a process of which nothing is heard counts as dead; not 0
 
 
 @dataclasses.dataclass(frozen=True)

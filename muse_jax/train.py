@@ -76,7 +76,7 @@ def train(spec: specs.Spec, workdir: Any, *, tensorboard: bool = True, bar: bool
     Raises:
       feed.DataError: if the data can't be used; says why and what to do.
     """
-    with watchdog.Watchdog(spec.deadlines) as watch, hosts.telling(watch.described):
+    with watchdog.Watchdog(spec.deadlines, final=False) as watch, hosts.telling(watch.described):
         watch.enter("restore", 0)
         finished = trainer.already_finished(spec, workdir)
         if finished:

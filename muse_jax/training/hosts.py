@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import jax
 
 _PATIENCE = 24 * 3600 * 1000  # milliseconds; the watchdog's deadlines come long before
+_NEVER = 10**6  # seconds
 _KEYS = "muse_jax"
 _BEAT = 1.0  # seconds between two signs of life
 
@@ -45,7 +46,7 @@ def start(
     Args:
       coordinator: host:port of process 0, which must be free there.
       processes, process: how many there are, and which one this is, from 0.
-      join_seconds: how long to wait for the others.
+      join_seconds: how long to wait for the others; 0: for ever.
       heartbeat_seconds: after which a silent process counts as dead, by half a minute later at the latest.
 
     Raises:
@@ -63,7 +64,7 @@ def start(
         _check(coordinator, processes, process)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     who = "this TPU slice" if missing else f"process {process} of {processes}, coordinator {coordinator}"
-    late = threading.Timer(join_seconds, _nobody_came, (who, join_seconds))
+    late = threading.Timer(join_seconds or _NEVER, _nobody_came, (who, join_seconds))
     late.daemon = True
     late.start()
     try:
@@ -71,7 +72,7 @@ def start(
             coordinator,
             processes,
             process,
-            initialization_timeout=int(join_seconds) + 60,  # beyond ours
+            initialization_timeout=int(join_seconds or _NEVER) + 60,  # beyond ours
             # The watchdog is to be sooner: it can say more.
             heartbeat_timeout_seconds=int(heartbeat_seconds) + 30,
             shutdown_timeout_seconds=int(heartbeat_seconds) + 30,

@@ -31,6 +31,7 @@ from muse_jax.training.stage import CONFIG, VOCABULARY, write_json
 from muse_jax.training.watchdog import Watchdog
 
 Batches = Iterable[Mapping[str, np.ndarray]]
+_SLOW = 0.5  # share of the time that a process waits for data, from which on it is named
 
 
 class NonFiniteError(RuntimeError):
@@ -183,6 +184,7 @@ class _Run:
         self.pending: tuple[int, Any, np.ndarray] | None = None
         self.bad_ids: list[list[int]] = []
         self.latest: dict[str, float] = {}
+        self.slow = ""  # the process that was named last
         self.sums = _Sums()
         self.meter = meters.Meter(meters.Work(spec.train.batch_size, self.mesh.size))
         self.profile = profiles.Profile(spec.profile, self.workdir)
@@ -395,7 +397,13 @@ class _Run:
         """The means over the steps since the line before, and where the time went."""
         rates = self.meter.line(step)
         if hosts.several():
-            rates["time/data_slowest"] = max(rates["time/data"], self.watch.slowest_wait())
+            slowest, which = self.watch.slowest_wait()
+            rates["time/data_slowest"] = max(rates["time/data"], slowest)
+            if slowest > _SLOW and which != self.slow:
+                self.slow = which
+                absl.logging.warning(
+                    "%s waits for data %.0f%% of the time, and the others for it", which, 100 * slowest
+                )
         line = self.sums.means() | {"nonfinite_steps": self.nonfinite} | rates
         self._log(line, step)
         shown = {"loss": f"{line.get('loss', float('nan')):.4g}", "steps/s": f"{rates['steps_per_second']:.3g}"}

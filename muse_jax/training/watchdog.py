@@ -1,8 +1,9 @@
 """A thread that ends a run which waits in vain, and says who waits for what.
 
 Started before anything is read or restored. The run says which phase it enters; each has a deadline in the
-config's `deadlines`. In a run of several processes the thread also tells the others where this one is,
-and ends it soon after another one has said that it failed.
+config's `deadlines`. In a run of several processes a second thread tells the others where this one is, and
+hears whether another one failed or says nothing any more, which then ends this one. It asks process 0, and may
+wait for it for ever if that is frozen: the first thread never asks anybody.
 
 Time for which the whole process was stopped, with Ctrl-Z or with its machine, counts as no waiting: the
 thread, which didn't run either, notices and lets the deadline begin anew.
@@ -15,7 +16,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
+
+import jax
 
 from muse_jax.specs import DeadlinesSpec
 from muse_jax.training import hosts
@@ -24,48 +28,65 @@ STUCK = 124  # exit code, as `timeout` has it
 FAILED = 1
 DONE = "done"  # the phase of a process that needs no others any more
 _BEAT = 1.0  # seconds between looks at the clock
+_ASKED = 3.0  # seconds for what the others are asked or told at the end
 _LATE = 2.0  # seconds that a look may come late before the whole process counts as having been stopped
 
 
 class Watchdog:
-    """Use as a context manager around the run; see `enter`."""
+    """Use as a context manager around the run; see `enter`.
 
-    def __init__(self, deadlines: DeadlinesSpec):
-        self._deadlines = deadlines
+    Args:
+      deadlines: of the phases.
+      final: whether this process needs no others once the context is left.
+    """
+
+    def __init__(self, deadlines: DeadlinesSpec, final: bool = True):
+        self._deadlines, self._final = deadlines, final
         # Phase, step, since when, and the seconds that were spent in the phase "data" before.
         self._at: tuple[str, int, float, float] = ("start", 0, time.monotonic(), 0.0)
         self._told: dict[int, dict[str, Any]] = {}  # what each process last said; process 0 knows
         self._told_before = self._told
         self._awake = time.monotonic()  # since when the process has not been stopped (Ctrl-Z, a suspended machine)
-        self._heard: dict[int, tuple[float, float]] = {}
+        self._heard: dict[int, tuple[float | None, float]] = {}  # the last sign of life of each, and since when
+        self._answered = self._began = time.monotonic()  # when process 0 last answered
+        self._news: str | None = None  # why this process has to end
         self._stop = threading.Event()
         self._main = threading.get_ident()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="muse_jax watchdog")
+        run = {"muse_jax watchdog": self._run, "muse_jax signs of life": self._exchange}
+        self._threads = [threading.Thread(target=target, daemon=True, name=name) for name, target in run.items()]
 
     def __enter__(self) -> "Watchdog":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
-        self._thread.join(timeout=5)
-        if hosts.several():
-            with contextlib.suppress(Exception):
-                hosts.say({**self._status(), "phase": DONE})
+        for thread in self._threads:
+            thread.join(timeout=5)
+        if self._final and hosts.several():
+            _soon(lambda: hosts.say({**self._status(), "phase": DONE}))
 
     def enter(self, phase: str, step: int) -> None:
         """Says that a phase of `DeadlinesSpec` begins, at this step."""
         now = time.monotonic()
         self._at = (phase, step, now, self._waited(now))
 
-    def slowest_wait(self) -> float:
-        """The largest share of the time since the last call that any process waited for data, to within a beat.
+    def slowest_wait(self) -> tuple[float, str]:
+        """The largest share of the time since the last call that any process waited for data, and which one did.
 
-        Process 0 knows it from what all say anyway; 0 where nothing has been heard since.
+        To within a beat. Process 0 knows it from what all say anyway; 0 and "" where nothing has been heard since.
         """
         told, before, self._told_before = self._told, self._told_before, self._told
-        spans = [(told[i]["beat"] - before[i]["beat"], told[i]["waited"] - before[i]["waited"]) for i in before]
-        return max((waited / seconds for seconds, waited in spans if seconds > 0), default=0.0)
+        shares = {}
+        for i in before.keys() & told.keys():
+            seconds = told[i]["beat"] - before[i]["beat"]
+            if seconds > 0:
+                shares[i] = (told[i]["waited"] - before[i]["waited"]) / seconds
+        if not shares:
+            return 0.0, ""
+        slowest = max(shares, key=shares.__getitem__)
+        return shares[slowest], _named(slowest, told)
 
     def described(self) -> str:
         """The phase and step, in words."""
@@ -79,17 +100,30 @@ class Watchdog:
         while not self._wait():
             phase, step, since, _ = self._at
             seconds = self._seconds(since)
-            if hosts.several():
-                news = None
-                with contextlib.suppress(Exception):  # the service's own heartbeats end what can't reach it
-                    hosts.say(self._status())
-                    news = hosts.announced() or self._unheard()
-                if news and not self._stop.is_set():
-                    hosts.announce(news)
-                    self._end(f"{news}. Start all processes again to go on from the newest checkpoint.", FAILED)
+            news = self._news or self._unanswered()
+            if news and not self._stop.is_set():
+                _soon(lambda news=news: hosts.announce(news))
+                self._end(f"{news}. Start all processes again to go on from the newest checkpoint.", FAILED)
             deadline = getattr(self._deadlines, phase)
             if 0 < deadline < seconds and not self._stop.is_set():
                 self._end(self._report(phase, step, seconds, deadline), STUCK)
+
+    def _exchange(self) -> None:
+        """Tells the others of this process, and hears of them. Asks no more once there is news."""
+        while not self._news and not self._stop.is_set():
+            if hosts.several():
+                with contextlib.suppress(Exception):  # counted as no answer
+                    hosts.say(self._status())
+                    self._news = hosts.announced() or self._unheard()
+                    self._answered = time.monotonic()
+            self._stop.wait(_BEAT)
+
+    def _unanswered(self) -> str | None:
+        """What is wrong if process 0, through which all speak, no longer answers."""
+        limit = self._deadlines.heartbeat
+        if self._seconds(self._answered) <= limit or not hosts.several() or hosts.leads():
+            return None
+        return f"process 0 is gone or can't be reached: no answer from it for {limit:g} s (deadlines.heartbeat)"
 
     def _wait(self) -> bool:
         """Waits for a beat; returns whether the run is over. If the process was stopped meanwhile, time begins anew."""
@@ -111,14 +145,16 @@ class Watchdog:
             return None
         now, limit = time.monotonic(), self._deadlines.heartbeat
         self._told = hosts.statuses()
-        for index, told in self._told.items():
-            beat, heard = self._heard.get(index, (None, now))
-            if beat != told["beat"]:
+        for index in range(jax.process_count()):
+            told = self._told.get(index, {})
+            beat, heard = self._heard.get(index, (None, max(self._began, self._awake)))
+            if beat != told.get("beat"):
                 self._heard[index] = (told["beat"], now)
-            elif told["phase"] != DONE and now - heard > limit:
+            elif told.get("phase") != DONE and now - heard > limit:
+                last = f", last in {told['phase']!r} at step {told['step']}" if told else ""
                 return (
-                    f"process {index} ({told['host']}, pid {told['pid']}) is gone or can't be reached: nothing heard "
-                    f"of it for {limit:g} s (deadlines.heartbeat), last in {told['phase']!r} at step {told['step']}"
+                    f"{_named(index, self._told)} is gone or can't be reached: nothing heard of it for {limit:g} s "
+                    f"(deadlines.heartbeat){last}"
                 )
         return None
 
@@ -142,9 +178,8 @@ class Watchdog:
         ]
         told = {0: {"host": "this one", "pid": os.getpid(), **self._status()}}
         if hosts.several():
-            with contextlib.suppress(Exception):
-                hosts.say(self._status())
-                told = hosts.statuses()
+            _soon(lambda: hosts.say(self._status()))
+            told = _soon(hosts.statuses) or told
         for index, at in sorted(told.items()):
             lines.append(
                 f"  process {index} ({at['host']}, pid {at['pid']}): {at['phase']!r} at step {at['step']} "
@@ -161,7 +196,26 @@ class Watchdog:
         if code == STUCK:
             faulthandler.dump_traceback(all_threads=True)
             if hosts.several():
-                hosts.announce(f"watchdog: {text}")
+                _soon(lambda: hosts.announce(f"watchdog: {text}"))
         if hosts.several():
             hosts.leave(code)
         os._exit(code)
+
+
+def _named(index: int, told: Mapping[int, Mapping[str, Any]]) -> str:
+    """A process, with what is known of it."""
+    return f"process {index} ({told[index]['host']}, pid {told[index]['pid']})" if index in told else f"process {index}"
+
+
+def _soon(function: Callable[[], Any]) -> Any:
+    """What a function that asks process 0 returns, or None if it has no answer by then."""
+    found = []
+
+    def call() -> None:
+        with contextlib.suppress(Exception):
+            found.append(function())
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(_ASKED)
+    return found[0] if found else None

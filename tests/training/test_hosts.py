@@ -181,6 +181,36 @@ def test_a_process_that_is_stuck_ends_the_run_and_is_named(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moment", ["joined", "training"])
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_is_frozen_is_named_in_time(tmp_path, process, moment):
+    """As on a host that answers no more, though its connections stay open. Process 0 is the one that all ask."""
+    slowly = [{"TOY_PAUSE": "0.5"}] * 2
+    changes = {"train.steps": 200, "checkpoint.keep": 2, "deadlines.heartbeat": 8}
+    processes = start(tmp_path, environment=slowly, **changes)
+    wait_until((tmp_path / ".lock").exists if moment == "joined" else has_step(tmp_path, 4), processes)
+    processes[process].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    other = processes[1 - process]
+    try:
+        output, _ = other.communicate(timeout=60)
+    finally:
+        for one in processes:
+            one.kill()
+            one.communicate()
+    assert other.returncode == 1, output
+    assert f"watchdog: process {process}" in output
+    assert "is gone or can't be reached" in output
+    assert time.monotonic() - began < 8 + 30, "before jax's own heartbeats abort it without a word"
+
+
+@pytest.mark.slow
+def test_a_deadline_of_0_waits_for_the_others_for_ever(two, tmp_path):
+    ended = finish(start(tmp_path, **{"deadlines.start": 0.0}))
+    assert [code for code, _ in ended] == [0, 0], ended
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_one_of_them_for_a_while(two, tmp_path):
     """Process 1 can't write at step 8: neither saves that step, both train on, and the next one is saved by both."""
     slowly = {"TOY_PAUSE": "1"}  # so that batches are not loaded long before their steps
@@ -205,7 +235,7 @@ def test_the_clock_of_one_of_them_decides_nothing(two, tmp_path, process):
 
 @pytest.mark.slow
 def test_samples_that_one_of_them_cannot_compile_end_both(tmp_path):
-    """One process alone would only do without; of two the other one may be waiting for it."""
+    """The other one may be waiting for it."""
     ended = finish(start(tmp_path, environment=[{}, {"TOY_UNDRAWABLE": "1"}], **{"train.sample_every": 4}))
     assert [code for code, _ in ended] == [1, 1], ended
     assert "failed: ValueError: it can't be drawn" in ended[0][1]
@@ -220,3 +250,5 @@ def test_a_process_whose_data_are_slow_shows_in_the_lines_of_process_0(tmp_path)
     assert [line["step"] for line in lines] == [4, 8, 12]
     assert lines[-1]["time/data"] < 0.2
     assert lines[-1]["time/data_slowest"] > 0.5  # in the lines before there is compiling too
+    (named,) = (line for line in ended[0][1].splitlines() if "waits for data" in line)
+    assert "process 1 (" in named

@@ -216,7 +216,8 @@ def main(kind: str, workdir: str, changes: str = "{}", coordinator=None, process
     clock, ahead = time.time, float(os.environ.get("TOY_CLOCK_AHEAD", "0"))
     time.time = lambda: clock() + ahead
     if coordinator:
-        hosts.start(coordinator, int(processes), int(process), heartbeat_seconds=run.deadlines.heartbeat)
+        limits = {"join_seconds": run.deadlines.start, "heartbeat_seconds": run.deadlines.heartbeat}
+        hosts.start(coordinator, int(processes), int(process), **limits)
     try:
         result = train(run, pathlib.Path(workdir), TASKS[kind](), pause=slow, hang_at=hang_at)
     except signals.Stopped as stopped:
