@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.core import meta as flax_meta
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from muse_jax.specs import MeshSpec, Spec, SpecError
 from muse_jax.training import trees
@@ -222,19 +222,27 @@ def check_batch(spec: Spec, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def process_part(sharding: Sharding, size: int) -> tuple[int, int]:
+def process_part(sharding: NamedSharding, size: int) -> tuple[int, int]:
     """(index, count): this process holds the index-th of `count` equal parts of the `size` examples of a batch.
 
     Processes that share a part, as where the axis `tensor` spans them, have the same index.
 
     Raises:
-      SpecError: if the processes' parts overlap or differ in size.
+      SpecError: if the mesh has no device of some process, or the processes' parts overlap or differ in size.
     """
     if jax.process_count() == 1:
         return 0, 1
     held: dict[int, set[int]] = {}
     for device, (rows, *_) in sharding.devices_indices_map((size,)).items():
         held.setdefault(device.process_index, set()).update(range(*rows.indices(size)))
+    idle = sorted(set(range(jax.process_count())) - set(held))
+    if idle:
+        mesh = sharding.mesh
+        raise SpecError(
+            f"mesh {dict(mesh.shape)} takes {mesh.size} of the {jax.device_count()} devices and none of "
+            f"{'process' if len(idle) == 1 else 'processes'} {', '.join(map(str, idle))}; set one of mesh.data, "
+            "mesh.fsdp and mesh.tensor to -1, which takes all devices."
+        )
     parts = sorted({tuple(sorted(rows)) for rows in held.values()})
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != size:
         raise SpecError(

@@ -81,10 +81,11 @@ class Device(typing.NamedTuple):
     id: int
 
 
-class Laid(jax.sharding.Sharding):
+class Laid(jax.sharding.NamedSharding):
     """A sharding of which only is known which rows each process's devices hold."""
 
     def __init__(self, rows):
+        super().__init__(sharding.make_mesh(specs.MeshSpec(1, 1, 1)), jax.sharding.PartitionSpec())
         self._rows = rows  # [(process, first, end)]
 
     def devices_indices_map(self, _shape):
@@ -112,6 +113,16 @@ def test_parts_that_overlap_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(specs.SpecError, match="no division into equal parts"):
         sharding.process_part(Laid([(0, 0, 6), (1, 4, 8)]), 8)
+
+
+def test_a_mesh_without_a_process_is_refused_in_every_process(monkeypatch):
+    mesh = sharding.make_mesh(specs.MeshSpec(1, 1, 1))
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "device_count", lambda: 12)
+    for process in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        with pytest.raises(specs.SpecError, match="takes 1 of the 12 devices and none of processes 1, 2; set one of"):
+            sharding.process_part(sharding.batch_sharding(mesh, specs.RULES), 8)
 
 
 def test_a_phase_that_lasts_too_long_ends_the_process_and_is_named():
