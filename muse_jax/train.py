@@ -30,7 +30,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from muse_jax import data, flops, precomputed, roofline, specs
+from muse_jax import ahead, data, flops, precomputed, roofline, specs
 from muse_jax.data import transforms
 from muse_jax.training import (
     checkpoint,
@@ -217,10 +217,10 @@ def fail(error: Exception, mendable: tuple[type[Exception], ...]) -> NoReturn:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's, for `app.run`; a --config that is none, or a --config.KEY that it doesn't have, is said in one line."""
+    """absl's, for `app.run`; a --config or variant that is none, or an unknown --config.KEY, is said in one line."""
     try:
-        for file in _config_files(argv):
-            specs.check_file(file)
+        for config in _configs(argv):
+            ahead.read_config(config)
         return app.parse_flags_with_usage(argv)
     except specs.SpecError as error:
         print(f"--config: {error}", file=sys.stderr)
@@ -237,13 +237,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         sys.exit(1)
 
 
-def _config_files(argv: Sequence[str]) -> Iterator[str]:
-    """The files, without variants, that --config=FILE or --config FILE name."""
+def _configs(argv: Sequence[str]) -> Iterator[str]:
+    """What --config=FILE or --config FILE name, with variants."""
     for word, following in itertools.pairwise([*argv, ""]):
         if word.startswith("-"):
             name, equals, value = word.lstrip("-").partition("=")
             if name == "config":
-                yield (value if equals else following).partition(":")[0]
+                yield value if equals else following
 
 
 def define_process_flags() -> None:

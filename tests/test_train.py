@@ -133,6 +133,8 @@ def test_a_misspelt_key_is_said_in_one_line(command, tmp_path, one_device):
         (["--config", "configs/nope.py:tiny"], "there is no config configs/nope.py"),
         ([f"--config={ROOT / 'README.md'}"], ".*README.md is no config; name a .py file"),
         ([f"--config={ROOT / 'configs'}"], "there is no config .*configs"),
+        ([f"--config={ROOT / 'configs/base_632m.py'}:nope"], "this config has no variants; leave out 'nope'"),
+        ([f"--config={ROOT / 'configs/base_3b.py'}:nope"], "unknown variant 'nope'; expected '' or 'precomputed'"),
     ],
 )
 def test_what_is_no_config_is_said_in_one_line(words, said, capsys):
