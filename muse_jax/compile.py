@@ -244,6 +244,8 @@ def main(argv: Sequence[str]) -> None:
     file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     configs = pathlib.Path(file).resolve().parent
     try:
+        if _HLO.value and _MODE.value != "train":
+            raise specs.SpecError(f"--hlo={_HLO.value} is for --mode=train, whose program is one; leave it out.")
         check_files(_JSON.value, _HLO.value)
         spec = specs.from_config(_CONFIG.value)
         jax.config.update("jax_optimization_level", _OPTIMIZATION_LEVEL.value)

@@ -152,13 +152,19 @@ def test_a_report_that_could_not_be_written_is_refused_before_compiling(tmp_path
         compile.check_files("/proc/report.json")
 
 
-def test_the_command_says_so_in_one_line():
-    command = [sys.executable, "-m", "muse_jax.compile", "--config=configs/base_632m.py", "--topology=v4:4x8"]
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--topology=v4:4x8"], "topology is 'v4:4x8'; expected 3 sides of the torus"),
+        (["--topology=v4:4x8", "--mode=sample", "--hlo=program.txt"], "--hlo=program.txt is for --mode=train"),
+    ],
+)
+def test_the_command_says_so_in_one_line(words, said):
+    command = [sys.executable, "-m", "muse_jax.compile", "--config=configs/base_632m.py", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("SpecError: topology is 'v4:4x8'")
-    assert "expected 3 sides of the torus" in line
+    assert line.startswith(f"SpecError: {said}")
 
 
 # ------------------------------------------------------------------------------------- with libtpu
