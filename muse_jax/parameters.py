@@ -68,6 +68,9 @@ def golden_name(config: str) -> str:
 def main(argv: Sequence[str]) -> None:
     process.quiet()
     jax.config.update("jax_platforms", "cpu")  # shapes need no accelerator
+    if _WRITE.value and not pathlib.Path(_WRITE.value).is_dir():
+        print(f"SpecError: can't write to {_WRITE.value}: there is no such folder.", file=sys.stderr)
+        sys.exit(1)
     print(f"{'config':36}{'model':>16}{'trained state':>16}{'frozen':>16}")
     for config in argv[1:]:
         try:

@@ -84,8 +84,15 @@ def test_what_is_no_config_is_refused_by_its_name(config, said):
         parameters.program_of(str(ROOT / config))
 
 
-def test_the_command_says_so_in_one_line():
-    command = [sys.executable, "-m", "muse_jax.parameters", "configs"]
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["configs"], "configs: there is no config configs."),
+        (["--write=nowhere", "configs/base_632m.py"], "can't write to nowhere: there is no such folder."),
+    ],
+)
+def test_the_command_says_so_in_one_line(words, said):
+    command = [sys.executable, "-m", "muse_jax.parameters", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
-    assert done.stderr == "SpecError: configs: there is no config configs.\n"
+    assert done.stderr == f"SpecError: {said}\n"
