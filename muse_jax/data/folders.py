@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import heapq
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from absl import logging
 
 from muse_jax.data import captions as captions_lib
 from muse_jax.data import transforms
-from muse_jax.data.reading import Reader
+from muse_jax.data.reading import Reader, patiently
 from muse_jax.specs import DataSpec
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif")
@@ -205,13 +206,15 @@ def _log_once(summary: str, level: int) -> None:
 
 def _header_fault(path: str, min_side: int, max_aspect: float) -> str:
     try:
-        transforms.check_file_size(path)
-        with transforms.open_image(path) as image:
-            return transforms.size_fault(*image.size, min_side, max_aspect)
+        return transforms.size_fault(*patiently(_picture_size, path), min_side, max_aspect)
     except transforms.UnusableError as error:
         return error.reason
-    except OSError as error:
-        return f"cannot be opened ({error.strerror})"
+
+
+def _picture_size(path: str) -> tuple[int, int]:
+    transforms.check_file_size(path)
+    with transforms.open_image(path) as image:
+        return image.size
 
 
 def printable(name: str) -> str:
@@ -352,7 +355,9 @@ class FolderSource:
         path = os.path.join(self.scan.root, self.key(index))
         spec = self._spec
         transforms.check_file_size(path)  # the file may have changed since the scan
-        made = {"image": transforms.decode(path, spec.image_size, crop=spec.crop, flip=spec.flip, seed=seed)}
+        with open(path, "rb") as file:  # read here: of a failure inside Pillow nothing would say whose it is
+            picture = io.BytesIO(file.read())
+        made = {"image": transforms.decode(picture, spec.image_size, crop=spec.crop, flip=spec.flip, seed=seed)}
         if self._has_text:
             made["text"] = self.scan.captions[self._read_from[index]]
         if self._classes:

@@ -1,16 +1,30 @@
 """Reading examples one by one: substitutes for broken ones, and a cache of small ones."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from muse_jax.data.transforms import UnusableError
+from muse_jax.data.transforms import UnusableError, is_outage
 
 CACHE_BYTES = 512 * 2**20  # of decoded pictures kept by one source
 
+PAUSES = (0.1, 0.3, 1.0, 3.0)  # seconds between two tries to read what storage fails to give at the moment
 _TRIED = 1000  # examples in the place of a broken one, before giving up
+
+
+def patiently(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What `read` returns, which is tried again, after pauses, while storage fails."""
+    for pause in PAUSES:
+        try:
+            return read(*arguments)
+        except OSError as error:
+            if not is_outage(error):
+                raise
+        time.sleep(pause)
+    return read(*arguments)
 
 
 class Reader:
@@ -18,6 +32,7 @@ class Reader:
 
     For a broken example another one is read that depends on its index alone, so the same examples are
     seen on every machine and after every restart. Each broken one is logged once; `broken` has them all.
+    One that storage doesn't give is not broken: other machines may have it. It is tried again, and then an error.
 
     Where nothing about an example is random, it is kept in memory while `CACHE_BYTES` last: decoding a
     file takes as long as a good part of a small network's step.
@@ -51,7 +66,8 @@ class Reader:
         """The example, or the first sound one in its place.
 
         Raises:
-          UnusableError: if a thousand examples in its place, and as many spare ones, are broken too.
+          UnusableError: if a thousand examples in its place, and as many spare ones, are broken too,
+            or storage goes on failing.
         """
         for attempt in range(2 * _TRIED if self._spares else _TRIED):
             at = self._tried(index, attempt)
@@ -60,8 +76,13 @@ class Reader:
             if at in self.broken:
                 continue
             try:
-                return self._keep(at, self._read(at, seed))
+                return self._keep(at, patiently(self._read, at, seed))
             except (UnusableError, OSError) as error:
+                if is_outage(error):
+                    raise UnusableError(
+                        f"{self._name_of(at)} could not be read in {len(PAUSES) + 1} tries ({error}), which is "
+                        "storage's fault, not the example's; see to it and start again"
+                    ) from error
                 self.broken[at] = str(error)
                 logging.warning(
                     "Skipped %s (%s); another example stands in for it. So far %d of %d turned out broken.",

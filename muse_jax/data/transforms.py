@@ -1,8 +1,10 @@
 """Pictures of any size and mode to uint8 RGB squares."""
 
 import contextlib
+import errno
 import io
 import os
+import stat
 import threading
 import warnings
 
@@ -14,6 +16,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no decoder that is rarely use
 MAX_BYTES = 64 * 2**20  # of a file
 MAX_PIXELS = 64 * 10**6  # of a picture, read from its header
 
+_OF_THE_FILE = (  # what the system says of a file itself; its other errors are those of storage
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.EINVAL,  # a damaged header sends decoders to places that no file has
+)  # fmt: skip
 _LARGE_PIXELS = 16 * 10**6
 _LARGE = threading.Lock()  # held while a large picture is decoded: one at a time, for the memory's sake
 _ORIENTATION = 0x0112  # EXIF tag
@@ -37,11 +43,17 @@ class UnusableError(ValueError):
         self.reason = reason
 
 
+def is_outage(error: Exception) -> bool:
+    """Whether storage failed, which says nothing about a file; decoders' own OSErrors have no errno."""
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _OF_THE_FILE
+
+
 def open_image(file: str | io.IOBase) -> Image.Image:
     """Reads a picture's header; its pixels are decoded when they are first used.
 
     Raises:
       UnusableError: if it is none of `FORMATS`, or has no pixels, or more than `MAX_PIXELS`.
+      OSError: if storage fails; see `is_outage`.
     """
     _make_bombs_errors()
     try:
@@ -49,6 +61,8 @@ def open_image(file: str | io.IOBase) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnusableError(_TOO_MANY_PIXELS, str(error)) from error
     except Exception as error:  # Pillow raises what its decoders do: OSError, SyntaxError, struct.error, ...
+        if is_outage(error):
+            raise
         raise UnusableError("not a readable picture", str(error)) from error
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
@@ -84,10 +98,17 @@ def check_file_size(path: str) -> int:
 
     Raises:
       UnusableError: if it is empty, larger than `MAX_BYTES` or no regular file (a pipe would block for ever).
+      OSError: if storage fails; see `is_outage`.
     """
-    if not os.path.isfile(path):
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if is_outage(error):
+            raise
+        raise UnusableError("not a regular file", error.strerror) from error
+    if not stat.S_ISREG(status.st_mode):
         raise UnusableError("not a regular file")
-    size = os.path.getsize(path)
+    size = status.st_size
     if size == 0:
         raise UnusableError("empty file")
     if size > MAX_BYTES:

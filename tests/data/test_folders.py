@@ -1,5 +1,6 @@
 """Folders of captioned pictures as people have them: what is used, what is skipped, and what is said about it."""
 
+import errno
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from muse_jax import data
-from muse_jax.data import folders
+from muse_jax.data import folders, reading, transforms
 from muse_jax.data.transforms import UnusableError
 from muse_jax.specs import DataSpec
 
@@ -238,6 +239,47 @@ def test_a_file_that_vanishes_during_the_run_is_replaced(tmp_path):
     os.remove(tmp_path / source.key(2))
     assert source[2]["text"] != source.key(2)[0]
     assert list(source.broken) == [source.key(2)]
+
+
+def test_a_picture_that_storage_does_not_give_at_once_is_not_broken(tmp_path, monkeypatch):
+    """Another picture in its place would be seen by this process alone."""
+    for i in range(10):
+        picture(tmp_path / f"{i}.png").with_suffix(".txt").write_text(str(i))
+    source = data.make_source(spec_of(tmp_path))
+    monkeypatch.setattr(reading, "PAUSES", (0.0, 0.0))
+    failures = [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle")]
+
+    def failing(path):
+        if failures:
+            raise failures.pop()
+        return os.path.getsize(path)
+
+    monkeypatch.setattr(transforms, "check_file_size", failing)
+    assert source[2]["text"] == source.key(2)[0]
+    assert not source.broken
+    failures += [OSError(errno.EIO, "Input/output error")] * 3
+    with pytest.raises(UnusableError, match="could not be read in 3 tries .*Input/output error.*storage's fault"):
+        source[3]
+    assert not source.broken
+
+
+def test_a_header_that_storage_does_not_give_costs_no_picture(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text("a")
+    monkeypatch.setattr(reading, "PAUSES", (0.0,))
+    failures = [OSError(errno.EIO, "Input/output error")]
+    whole = Image.open
+
+    def failing(*arguments, **named):
+        if failures:
+            raise failures.pop()
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(Image, "open", failing)
+    assert folders.scan(str(tmp_path)).keys == ("a.png",)
+    folders._scan.cache_clear()
+    failures += [OSError(errno.EIO, "Input/output error")] * 2
+    with pytest.raises(OSError, match="Input/output error"):
+        folders.scan(str(tmp_path))
 
 
 def test_nothing_usable_says_why_for_each_reason(tmp_path):
