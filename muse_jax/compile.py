@@ -64,7 +64,8 @@ def topology_devices(topology: str) -> tuple[roofline.Chip, list[Any]]:
 
     # The two cores of a v4 or v5p chip are one device.
     cores = {"chip_config_name": "megacore"} if name in ("v4", "v5p") else {}
-    settings = dict(**cores, chips_per_host_bounds=(2, 2, 1), num_slices=1)
+    host = (1, 1, 1) if sides == "1x1" else (2, 2, 1)
+    settings = dict(**cores, chips_per_host_bounds=host, num_slices=1)
     try:
         described = topologies.get_topology_desc(topology, "tpu", **settings)
     except jax.errors.JaxRuntimeError as error:

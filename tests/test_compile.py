@@ -199,6 +199,13 @@ def test_a_run_on_cpu_does_not_touch_libtpu():
 
 @without_libtpu
 @pytest.mark.compile
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
+def test_one_chip_is_a_topology(topology):
+    assert len(compile.topology_devices(topology)[1]) == 1
+
+
+@without_libtpu
+@pytest.mark.compile
 def test_a_topology_that_is_none_is_refused():
     with pytest.raises(specs.SpecError, match="v4:3x5x7"):
         compile.topology_devices("v4:3x5x7")
