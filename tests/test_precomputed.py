@@ -31,7 +31,7 @@ def mixture(**own):
 def check(spec, **crops):
     """Of sources whose tokens were made with these crops."""
     keys = {label: precomputed.key(run(crop=crop), TASK, ByteVocabulary()) for label, crop in crops.items()}
-    found = {label: types.SimpleNamespace(key=key, features={}) for label, key in keys.items()}
+    found = {label: types.SimpleNamespace(key=key, features={}, seed=0) for label, key in keys.items()}
     source = types.SimpleNamespace(sources=found) if spec.data.name == "mixture" else found["alone"]
     precomputed.check(spec, TASK, source, ByteVocabulary())
 
