@@ -98,7 +98,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     # T5-XXL's kernels stay where they are and examples pass by, which is less than 9.1 GB of kernels to each chip at
     # each step. Of the MLPs' kernels each chip of the short side has a quarter, and between MLPs 2 examples of the 8
     # that these want: 0.3 GB to exchange, parts of sums in bfloat16 (in float32 half as much again, 1.5 ms a step).
-    # Attention's are whole on each chip: 2.4 GB of memory, not 0.3 GB more to exchange. So is the words' table, 0.26 GB.
+    # Attention's are whole on each chip: 2.4 GB of memory, not 0.3 GB more to exchange. So is the words' table (0.26).
     config.frozen_rules = dict(batch="fsdp", residual=("fsdp", "data"), embed=None, mlp="data", heads=None, vocab=None)
     config.train = dict(
         steps=1_500_000,  # base table; section 3 says 1M
