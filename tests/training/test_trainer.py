@@ -178,6 +178,7 @@ def test_stopped_and_started_again_gives_the_same_bits(tmp_path, kind):
     toys.train(run, tmp_path / "pieces", task)
     whole, pieces = (state_of(tmp_path / name, run, task) for name in ("whole", "pieces"))
     assert toys.bits(whole[0]) == toys.bits(pieces[0])
+    assert all(meta.pop("trained_seconds") > 0 for _, meta in (whole, pieces))
     assert whole[1] == pieces[1]
     kept = [
         [(line["step"], line.get("loss"), line.get("eval/loss")) for line in logs.read_metrics(tmp_path / name)
