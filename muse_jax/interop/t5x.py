@@ -94,7 +94,7 @@ class _ZarrTensor:
 
 def _grid(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """The places of a grid, one after another, as many as there may be."""
-    for number in itertools.takewhile(math.prod(counts).__gt__, itertools.count()):
+    for number in range(math.prod(counts)):
         place = []
         for count in reversed(counts):
             number, at = divmod(number, count)

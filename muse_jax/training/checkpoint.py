@@ -39,8 +39,7 @@ from muse_jax.training.stage import Stage, StageError, load_stage, save_stage
 
 __all__ = ["CheckpointError", "Checkpoints", "Stage", "StageError", "load_stage", "read_meta", "save_stage"]
 
-META = "meta"
-ITEMS = ("params", "ema", "optimizer", META)
+ARRAYS, META = ("params", "ema", "optimizer"), "meta"  # the items
 TRASH = ".todelete"  # what is deleted is renamed into this first: half a deletion must not look like a step
 MOST_FAILURES = 3  # saves that may fail one after the other
 SAVED = ".saved"  # beside checkpoints/, with the newest step: that there was a checkpoint once
@@ -116,13 +115,10 @@ class Checkpoints:
         # After a failure some processes may have passed barriers that others have not.
         processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=f"open-{self._opened}")
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for item in ITEMS:
-            handler: Any = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
-            if item != META:
-                handler = ocp.StandardCheckpointHandler(
-                    save_concurrent_gb=self._at_once / 1e9, multiprocessing_options=processes
-                )
-            handlers.add(item, ocp.args.JsonSave if item == META else ocp.args.StandardSave, handler)
+        handlers.add(META, ocp.args.JsonSave, ocp.JsonCheckpointHandler(multiprocessing_options=processes))
+        limits = {"save_concurrent_gb": self._at_once / 1e9, "multiprocessing_options": processes}
+        for item in ARRAYS:
+            handlers.add(item, ocp.args.StandardSave, ocp.StandardCheckpointHandler(**limits))
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self.keep,
             cleanup_tmp_directories=sweep,  # of a run that was killed; we hold the lock

@@ -205,7 +205,7 @@ def test_a_process_that_is_frozen_is_named_in_time(tmp_path, process, moment):
 
 
 @pytest.mark.slow
-def test_a_deadline_of_0_waits_for_the_others_for_ever(two, tmp_path):
+def test_a_deadline_of_0_waits_for_the_others_for_ever(tmp_path):
     ended = finish(start(tmp_path, **{"deadlines.start": 0.0}))
     assert [code for code, _ in ended] == [0, 0], ended
 
