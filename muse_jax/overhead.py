@@ -1,9 +1,10 @@
-"""What checkpoints and metrics cost a train loop: python -m muse_jax.overhead [--steps=240] [--rounds=3].
+"""What checkpoints and metrics cost a train loop: python -m muse_jax.overhead [--rounds=20].
 
-Trains the base model of configs/scenes/base.py (--variant, the longer preset by default) for some steps, in
-turns with a checkpoint every 50 steps and metrics every 10, and with neither, and compares the seconds from
-the first step to the last line of metrics. What else the machine does only makes a run slower, so that the fastest
-of each kind count; how far the rounds differ by themselves is printed too.
+Trains the base model of configs/scenes/base.py (--variant, the longer preset by default) in one run, of which
+every other 50 steps have a checkpoint and metrics every 10, and those between have neither. What else a machine
+does makes steps slower for seconds on end, by more than what is sought: hence, of the first of the 50 steps, the
+median of all rounds counts, of the second likewise, and so on, and the sum of the 50 with is compared with
+that of the 50 without. How far the rounds as a whole differ is printed too.
 """
 
 from muse_jax import process
@@ -15,76 +16,83 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import app, flags
 
 from muse_jax import benchmark, data, specs, stages
-from muse_jax.training import logs, trainer
+from muse_jax.training import trainer
 
-SAVED_EVERY, LOGGED_EVERY = 50, 10
+TURN, LOGGED_EVERY = 50, 10  # steps
 
 
-def seconds_of(spec: specs.Spec, task: Any, steps: int, logged: int, saved: int) -> float:
-    """Of a run's steps and of all that they waited for, compiling left out."""
-    train = dataclasses.replace(spec.train, steps=steps, log_every=logged, eval_batches=0)
-    spec = dataclasses.replace(spec, train=train, checkpoint=specs.CheckpointSpec(every_steps=saved))
+class InTurns(trainer.Run):
+    """Saves and logs in every other `TURN` steps only: from step 0 on, from 2 TURN on, ..."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.ends: list[float] = []  # of the steps, in seconds
+
+    def due(self, every: int, step: int) -> bool:
+        """Nothing is, in a turn without."""
+        return step // TURN % 2 == 0 and super().due(every, step)
+
+    def _one_step(self) -> None:
+        super()._one_step()
+        if self.step % TURN == 0:
+            self.checkpoints.finish()  # what is still being written belongs to the turn that ends here
+        self.ends.append(time.monotonic())
+
+
+def measure(variant: str, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of the steps with, and of those without, each (rounds, TURN)."""
+    spec = benchmark.stage_spec("base", variant)
+    steps = 2 * TURN * (rounds + 1) + 1  # the first two turns warm up; the last step, where all is waited for, is none
+    train = dataclasses.replace(spec.train, steps=steps, log_every=LOGGED_EVERY, eval_batches=0)
+    spec = dataclasses.replace(spec, train=train, checkpoint=specs.CheckpointSpec(every_steps=TURN))
+    task = stages.build_task(spec, functools.partial(benchmark.untrained, variant=variant))
     vocabulary = data.make_vocabulary(spec.data)
+    runs = []
+
+    def loop(*args: Any) -> InTurns:
+        runs.append(InTurns(*args))
+        return runs[0]
 
     def batches(start: int) -> data.Loader:
         size = spec.train.batch_size
         return data.make_loader(spec.data, batch_size=size, seed=spec.seed, vocabulary=vocabulary, start_step=start)
 
     with tempfile.TemporaryDirectory() as workdir:
-        arguments = {"make_batches": batches, "eval_batches": list, "data_fingerprint": "", "bar": False}
-        trainer.train(spec, task, workdir=pathlib.Path(workdir), **arguments)
-        return spent(logs.read_metrics(workdir))
+        arguments = {"make_batches": batches, "eval_batches": list, "data_fingerprint": ""}
+        trainer.train(spec, task, workdir=pathlib.Path(workdir), **arguments, loop=loop)
+    turns = np.diff(runs[0].ends[2 * TURN - 1 : -1]).reshape(rounds, 2, TURN)
+    return turns[:, 0], turns[:, 1]
 
 
-def spent(lines: Sequence[dict[str, Any]]) -> float:
-    """Seconds of the lines, without starting and compiling."""
-    total, before = 0.0, 0.0
-    for line in (line for line in lines if "trained_seconds" in line):
-        whole = (line["trained_seconds"] - before) / line["time/step"]
-        total += whole * (1 - line["time/start"] - line["time/compile"])
-        before = line["trained_seconds"]
-    return total
-
-
-def measure(variant: str, steps: int, rounds: int) -> list[dict[str, float]]:
-    """Seconds of both, for each round: "with" checkpoints and metrics, and "without"."""
-    spec = benchmark.stage_spec("base", variant)
-    task = stages.build_task(spec, functools.partial(benchmark.untrained, variant=variant))
-    kinds = {"with": (LOGGED_EVERY, SAVED_EVERY), "without": (steps, steps)}
-    times = []
-    for turn in range(rounds):
-        order = list(kinds)[:: -1 if turn % 2 else 1]  # what the machine does slower and slower goes into both
-        times.append({kind: seconds_of(spec, task, steps, *kinds[kind]) for kind in order})
-    return times
-
-
-def cost(times: Sequence[Mapping[str, float]]) -> str:
+def cost(kept: np.ndarray, without: np.ndarray) -> str:
     """What the seconds of `measure` say.
 
-    >>> print(cost([{"with": 10.3, "without": 10.0}, {"with": 10.2, "without": 11.0}]))
-    10.2 s with, 10.0 s without: +2.0% (in each round: +3.0%, -7.3%)
+    >>> print(cost(np.array([[0.3, 0.2], [0.3, 0.1], [0.9, 0.2]]), np.array([[0.2, 0.2], [0.2, 0.2], [0.2, 0.8]])))
+    0.50 s with, 0.40 s without: +25.0% (rounds as a whole: median +10.0%, from +0.0% to +25.0%)
     """
-    kept, plain = (min(each[kind] for each in times) for kind in ("with", "without"))
-    rounds = ", ".join(f"{each['with'] / each['without'] - 1:+.1%}" for each in times)
-    return f"{kept:.1f} s with, {plain:.1f} s without: {kept / plain - 1:+.1%} (in each round: {rounds})"
+    typical, plain = (np.median(seconds, axis=0).sum() for seconds in (kept, without))
+    rounds = kept.sum(axis=1) / without.sum(axis=1) - 1
+    spread = f"median {np.median(rounds):+.1%}, from {rounds.min():+.1%} to {rounds.max():+.1%}"
+    return f"{typical:.2f} s with, {plain:.2f} s without: {typical / plain - 1:+.1%} (rounds as a whole: {spread})"
 
 
 def main(argv: Sequence[str]) -> None:
     process.quiet()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    found = cost(measure(_VARIANT.value, _STEPS.value, _ROUNDS.value))
-    print(f"{_STEPS.value} steps, a checkpoint every {SAVED_EVERY} and metrics every {LOGGED_EVERY}: {found}")
+    found = cost(*measure(_VARIANT.value, _ROUNDS.value))
+    print(f"{TURN} steps, a checkpoint at the first and metrics every {LOGGED_EVERY}: {found}")
 
 
 if __name__ == "__main__":
     _VARIANT = flags.DEFINE_string("variant", "long", "Of the scenes' config.")
-    _STEPS = flags.DEFINE_integer("steps", 240, "Of a run.", lower_bound=1)
-    _ROUNDS = flags.DEFINE_integer("rounds", 3, "Of the two runs in turn; the fastest count.", lower_bound=1)
+    _ROUNDS = flags.DEFINE_integer("rounds", 20, "Of 50 steps with and 50 without.", lower_bound=1)
     app.run(main)

@@ -54,7 +54,7 @@ def _short(command: str) -> list[str]:
     if "muse_jax.benchmark" in words:
         words += ["--quick"]
     if "muse_jax.overhead" in words:
-        words += ["--variant=tiny", "--steps=3", "--rounds=1"]
+        words += ["--variant=tiny", "--rounds=1"]
     return [sys.executable, *words[1:]]
 
 

@@ -156,7 +156,7 @@ class Logs:
         for sink in (self._lines, self._pictures):
             sink.close()
         if self._events:  # the process that writes may still be starting; it outlives us by what it has to write
-            self._events.close(timeout=10)
+            self._events.close(timeout=10.0)
 
 
 class Silent:

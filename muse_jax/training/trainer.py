@@ -60,6 +60,7 @@ def train(
     peak_flops: float = 0.0,
     tensorboard: bool = True,
     bar: bool = True,
+    loop: Callable[..., "Run"] | None = None,
 ) -> Result:
     """Trains a task from the newest checkpoint in the workdir, or from the start, to the last step.
 
@@ -75,6 +76,7 @@ def train(
       peak_flops: of a device, a second; 0 where not known. With both, the utilisation is logged.
       tensorboard: whether to write TensorBoard files beside metrics.jsonl.
       bar: whether to show a progress bar.
+      loop: another `Run`, with some of its methods replaced.
 
     Raises:
       specs.SpecError: the config doesn't fit the devices.
@@ -93,7 +95,7 @@ def train(
         hosts.check_same("the config", trees.named_leaves(specs.to_config(spec)))
         hosts.from_leader("locking the workdir", lambda: stack.enter_context(resume.lock(workdir)))
         stop = stack.enter_context(signals.listening())
-        run = _Run(spec, task, workdir, data_fingerprint, vocabulary, stop, watch)
+        run = (loop or Run)(spec, task, workdir, data_fingerprint, vocabulary, stop, watch)
         run.meter.work = dataclasses.replace(run.meter.work, flops=model_flops, peak_flops=peak_flops)
         run.start(make_batches, eval_batches, tensorboard, bar, stack)
         return run.to_the_end()
@@ -152,7 +154,7 @@ def _latest(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {k: v for k, v in merged.items() if k not in ("step", logging.FINISHED)}
 
 
-class _Run:
+class Run:
     """The parts of one run, put together by `start` and run by `to_the_end`."""
 
     def __init__(
@@ -320,13 +322,14 @@ class _Run:
         while self.step < total.steps:
             self._one_step()
             last = self.step == total.steps
-            if self.step % every == 0 or last or (self.checkpoints.due_again and self.step % total.log_every == 0):
+            again = self.checkpoints.due_again and self.due(total.log_every, self.step)
+            if self.due(every, self.step) or last or again:
                 self._save()
-            if total.compare_every and self.step % total.compare_every == 0 and self.saved != self.step:
+            if self.due(total.compare_every, self.step) and self.saved != self.step:
                 self._compare()
-            if total.eval_every and self.step % total.eval_every == 0 and not last:
+            if self.due(total.eval_every, self.step) and not last:
                 self._evaluate()
-            if total.sample_every and self.step % total.sample_every == 0 and not last:
+            if self.due(total.sample_every, self.step) and not last:
                 self._samples()
         self._stop_if_asked()
         self._save_surely()
@@ -335,6 +338,10 @@ class _Run:
         self._stop_if_asked()
         self._log({logging.FINISHED: True})
         return Result(self.step, self.latest)
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether it is time, after this step, for what is done every so many steps; 0: never."""
+        return every > 0 and step % every == 0
 
     def _catch_up(self) -> None:
         """Evaluates, and draws, if the run was stopped before it did so at the step that it goes on from."""
@@ -345,9 +352,9 @@ class _Run:
 
         evaluated, drawn = hosts.from_leader("looking for what was left out", done)
         every = self.spec.train
-        if every.eval_every and self.step % every.eval_every == 0 and not evaluated:
+        if self.due(every.eval_every, self.step) and not evaluated:
             self._evaluate()
-        if every.sample_every and self.step % every.sample_every == 0 and not drawn:
+        if self.due(every.sample_every, self.step) and not drawn:
             self._samples()
 
     def _one_step(self) -> None:
@@ -360,8 +367,7 @@ class _Run:
         if batch is None:
             self._stop_if_asked()
         arrays, ids = batch
-        every = self.spec.train.replay_every
-        kept = steps.copied(self.state) if every and (self.step + 1) % every == 0 else None
+        kept = steps.copied(self.state) if self.due(self.spec.train.replay_every, self.step + 1) else None
         self.state, metrics = self.train_step(self.state, self.frozen, arrays)
         if kept is not None:
             self._replay(kept, arrays)
@@ -388,7 +394,7 @@ class _Run:
         else:
             self.in_a_row, self.bad_ids = 0, []
             self.sums.add(values)
-        if step % self.spec.train.log_every == 0 or step == self.spec.train.steps:
+        if self.due(self.spec.train.log_every, step) or step == self.spec.train.steps:
             self._log_line(step)
         else:
             self.logs.progress(step)

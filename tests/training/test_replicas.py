@@ -70,7 +70,7 @@ def test_one_flipped_bit_on_one_device_is_found(name):
 
 def test_a_run_stops_and_saves_nothing_once_a_bit_has_flipped(tmp_path, monkeypatch):
     run = toys.spec(**{"train.batch_size": 8, "mesh": specs.MeshSpec(2, 2, 2), "train.compare_every": 5})
-    original = trainer._Run._compare
+    original = trainer.Run._compare
 
     def after_a_flip(self):
         params = dict(self.state.params)
@@ -78,7 +78,7 @@ def test_a_run_stops_and_saves_nothing_once_a_bit_has_flipped(tmp_path, monkeypa
         self.state = self.state._replace(params=params)
         original(self)
 
-    monkeypatch.setattr(trainer._Run, "_compare", after_a_flip)
+    monkeypatch.setattr(trainer.Run, "_compare", after_a_flip)
     with pytest.raises(replicas.ReplicaError, match="head/kernel on .*device 3"):
         toys.train(run, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
