@@ -43,6 +43,9 @@ setuptools.setup(
         "optax>=0.2.8",
         # Older ones delete local checkpoints that were copied to a bucket, as if they were unfinished.
         "orbax-checkpoint>=0.12.3",
+        # With which Orbax lists and deletes checkpoints in buckets; it doesn't ask for them.
+        "google-cloud-storage>=3.0",
+        "google-cloud-storage-control>=1.0",
         "grain>=0.2.16",
         "array-record>=0.8.1; sys_platform != 'win32'",
         "msgpack>=1.1",

@@ -19,7 +19,6 @@ Exit codes: 0 done; 1 refused or failed, with one message.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -35,7 +34,7 @@ from typing import Any
 from etils import epath
 
 from muse_jax.data import array_records, conversion, folders, inputs
-from muse_jax.training import resume
+from muse_jax.training import locks
 
 
 def convert(job: conversion.Conversion, beam_flags: Sequence[str] = (), workers: int = 0) -> dict[str, Any]:
@@ -57,8 +56,7 @@ def convert(job: conversion.Conversion, beam_flags: Sequence[str] = (), workers:
     pieces = job.source.pieces()
     folder, plan = epath.Path(job.out), job.plan(pieces)
     array_records.check(folder, plan)  # before the lock, which leaves its file
-    lock = contextlib.nullcontext() if "://" in job.out else resume.lock(job.out, "--out")
-    with lock:
+    with locks.held(job.out, "--out"):
         if not array_records.begin(folder, plan):
             array_records.sweep(folder)
             _run(job, pieces, options)

@@ -45,7 +45,7 @@ from muse_jax.data import array_records
 from muse_jax.data import precomputed_source as records
 from muse_jax.data.loader import Batches
 from muse_jax.specs import SpecError
-from muse_jax.training import checkpoint, hosts, resume, sharding
+from muse_jax.training import checkpoint, hosts, locks, sharding
 from muse_jax.training.watchdog import Watchdog
 
 SPLITS = ("train", "eval")
@@ -148,7 +148,7 @@ def _precompute(
 def _begun(folder: epath.Path, plan: Mapping[str, Any], stack: contextlib.ExitStack) -> bool:
     """Makes the folder, or finds it; returns whether there is nothing left to do."""
     array_records.check(folder, plan)  # before the lock, which leaves its file
-    stack.enter_context(_alone(folder))
+    stack.enter_context(locks.held(folder, "--out"))
     finished = array_records.begin(folder, plan)
     array_records.sweep(folder)
     return finished
@@ -310,10 +310,6 @@ class _Computer:
             example = {name: batch[name][row] for name in (*self._features, records.MASK)}
             label = int(batch["label"][row]) if "label" in batch else None
             writer.write(records.pack(example, batch["text"][row], self._features, label))
-
-
-def _alone(folder: epath.Path) -> Any:
-    return contextlib.nullcontext() if "://" in str(folder) else resume.lock(folder, "--out")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -251,9 +251,9 @@ def run(where: Setup) -> dict[str, Any]:
     Raises:
       SpecError, ResumeError, ...: as `train.train` does.
     """
-    from muse_jax.training import resume
+    from muse_jax.training import locks
 
-    with resume.lock(where.workdir):
+    with locks.held(where.workdir):
         minutes = Minutes(where.workdir / "minutes.json")
         minutes.add("startup", time.monotonic() - _BEGAN)
         stages, all_were_finished = train_stages(where, minutes)

@@ -230,6 +230,7 @@ RULES: Mapping[str, Any] = {
 # Generated scenes, a folder of pictures, TFDS, what `convert` and `precompute` wrote, noise, several of them.
 SOURCES = ("scenes", "folder", "tfds", "array_record", "precomputed", "synthetic", "mixture")
 MADE = ("scenes", "synthetic")  # by the loader itself
+LOCAL = ("folder", "array_record", "precomputed")  # which read files at random places
 FILTERED = ("folder", "array_record")  # with pictures' sizes known, so that some can be left out
 MOST_APART = 1e6  # a mixture's largest weight over its smallest
 # What the sources of a mixture cannot have each for itself.
@@ -784,6 +785,11 @@ def _check_data(data: DataSpec, path: str = "data") -> None:
         raise SpecError(
             f"{path}.path is {data.path!r}, but {path}.name {data.name!r} reads no files. "
             "For a folder of pictures take configs/pictures (quickstart: --configs=configs/pictures); else unset it."
+        )
+    if data.name in LOCAL and "://" in data.path:
+        raise SpecError(
+            f"{path}.path is {data.path!r}, but {path}.name {data.name!r} reads files at random places, which a bucket "
+            "gives through a mount only: mount it (gcsfuse; launch/README.md does), and name the folder there."
         )
     if data.sources and data.name != "mixture":
         raise SpecError(

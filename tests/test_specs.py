@@ -115,6 +115,7 @@ def test_values_arrive():
 
 
 ADVERSARIAL = _changed(TOKENIZER, "task.adversarial", 0.1)
+FOLDER = _changed(BASE, "data.name", "folder")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,7 @@ ADVERSARIAL = _changed(TOKENIZER, "task.adversarial", 0.1)
         (BASE, "rules.mlp", "model", ["rules.mlp", "'model'", "'tensor'"]),
         (BASE, "rules.mlp", 3, ["rules.mlp", "3", "'tensor'"]),
         (BASE, "data.path", "pictures", ["data.path is 'pictures'", "--configs=configs/pictures"]),
+        (FOLDER, "data.path", "gs://b/pictures", ["data.path is 'gs://b/pictures'", "mount"]),
         (BASE, "model.dtype", "float64", ["model.dtype", "'bfloat16'"]),
         (BASE, "model.remat", "nothing", ["model.remat", "jax.checkpoint_policies"]),
         (BASE, "model.remat", "save_only_these_names", ["model.remat", "jax.checkpoint_policies", "makes one"]),

@@ -227,6 +227,8 @@ class Checkpoints:
         """Removes what a failed save left. Some of Orbax's threads may still be writing, so several times."""
         for _ in range(20):
             partial = list(self.folder.glob(f"{step}.*"))
+            if "://" in str(self.folder) and step not in steps_in(self.folder):
+                partial += self.folder.glob(str(step))
             for folder in partial:
                 with contextlib.suppress(OSError):
                     folder.rmtree(missing_ok=True)

@@ -43,10 +43,13 @@ def checkpoints_in(workdir: Any) -> epath.Path:
 
 
 def steps_in(folder: epath.Path) -> list[int]:
-    """The steps that have a checkpoint, whole or not, oldest first."""
+    """The steps that have a checkpoint, intact or not, oldest first. None of them is still being written."""
     if not folder.exists():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", p.name))
+    named = [path for path in folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name)]
+    if "://" in os.fspath(folder):  # nothing can be renamed there: Orbax writes under the last name, then a mark
+        named = [path for path in named if ocp.utils.is_checkpoint_finalized(path)]
+    return sorted(int(path.name) for path in named)
 
 
 def sealed(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether a run may go on in a workdir: the lock, and what a config may change.
+"""Whether a run may go on in a workdir: what a config may change.
 
 Keys of a config are of four kinds:
 
@@ -15,13 +15,8 @@ Keys of a config are of four kinds:
     parameter are in the checkpoint.
 """
 
-import contextlib
 import fnmatch
-import json
-import os
-import pathlib
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -68,50 +63,6 @@ SKIPPED = "train.skip_batches"
 
 class ResumeError(ValueError):
     """This run would train something else than the one in the workdir, or that one still runs."""
-
-
-@contextlib.contextmanager
-def lock(workdir: Any, flag: str = "--workdir") -> Iterator[None]:
-    """Holds the workdir for this process; the lock dies with it, however it dies.
-
-    Args:
-      workdir: the folder.
-      flag: which names it, for messages.
-
-    Raises:
-      ResumeError: naming the host and process that hold it.
-    """
-    if "://" in os.fspath(workdir):  # no flock in object stores
-        yield
-        return
-    import fcntl
-
-    path = pathlib.Path(workdir) / ".lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ResumeError(f"can't write to {workdir} ({error}); choose another {flag}.") from error
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResumeError(
-                f"another run is at work in {workdir}: {_holder(path)}. Stop it, or choose another {flag}."
-            ) from error
-        os.ftruncate(file, 0)
-        os.write(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
-        yield
-    finally:
-        os.close(file)
-
-
-def _holder(path: pathlib.Path) -> str:
-    try:
-        holder = json.loads(path.read_text())
-        return f"process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "it has not said which process it is"
 
 
 def check_config(old: Mapping[str, Any], new: Mapping[str, Any], step: int) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from muse_jax import specs
-from muse_jax.training import executable, hosts, reading, replicas, resume, sharding, signals, trees
+from muse_jax.training import executable, hosts, locks, reading, replicas, resume, sharding, signals, trees
 from muse_jax.training import feed as feeds
 from muse_jax.training import logs as logging
 from muse_jax.training import meter as meters
@@ -93,7 +93,7 @@ def train(
         if finished:
             return finished
         hosts.check_same("the config", trees.named_leaves(specs.to_config(spec)))
-        hosts.from_leader("locking the workdir", lambda: stack.enter_context(resume.lock(workdir)))
+        hosts.from_leader("locking the workdir", lambda: stack.enter_context(locks.held(workdir)))
         stop = stack.enter_context(signals.listening())
         run = (loop or Run)(spec, task, workdir, data_fingerprint, vocabulary, stop, watch)
         run.meter.work = dataclasses.replace(run.meter.work, flops=model_flops, peak_flops=peak_flops)
@@ -130,7 +130,7 @@ def _finished(spec: specs.Spec, workdir: Any) -> dict[str, Any] | None:
     if resume.paths_changed(specs.completed(described), config) or not _whole(newest, meta):
         return None
     if described.get("sample") != config["sample"]:  # what else is free has nothing to say once the run is over
-        with resume.lock(workdir):
+        with locks.held(workdir):
             write_json(epath.Path(workdir) / CONFIG, {**described, "sample": config["sample"]})
     return {"step": meta["step"], "metrics": _latest(lines)}
 

@@ -1,56 +1,38 @@
-"""gs:// paths work where local ones do. The bucket here is a folder behind etils' interface to buckets.
-
-Checkpoints in buckets are Orbax's and tensorstore's own, and are not tested without one.
-"""
+"""gs:// paths work where local ones do. The bucket here is a stand-in (gcs.py)."""
 
 import json
 import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
 
+import gcs
 import jax
 import numpy as np
 import pytest
 import toys
-from etils.epath import backend, gpath
+from gcs import BUCKET
 
 from muse_jax import specs
 from muse_jax.sampling import folder
-from muse_jax.training import logs, meter, profile, stage
-
-BUCKET = "gs://bucket"
-
-
-class Bucket(backend._OsPathBackend):
-    """Objects are files in a folder. Like buckets it has no folders that could be renamed."""
-
-    def __init__(self, folder):
-        self._folder = os.fspath(folder)
-
-    def __getattribute__(self, name):
-        found = super().__getattribute__(name)
-        if name.startswith("_") or not callable(found):
-            return found
-        return lambda *paths, **settings: found(*map(self._place, paths), **settings)
-
-    def _place(self, path):
-        return f"{self._folder}{str(path).removeprefix(BUCKET)}" if str(path).startswith(BUCKET) else path
-
-    def open(self, path, mode):
-        if "r" not in mode:  # folders are parts of names
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        return super().open(path, mode)
-
-    def rename(self, old, new):
-        assert not os.path.isdir(old), "a bucket has no folders to rename"
-        os.rename(old, new)
+from muse_jax.training import locks, logs, meter, profile, reading, resume, stage
 
 
 @pytest.fixture
-def bucket(tmp_path, monkeypatch):
+def cloud(tmp_path):
+    """The server behind gs://bucket."""
+    with gcs.standing_in(tmp_path / "cloud") as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(cloud):
     """The folder that stands for gs://bucket."""
-    fake = Bucket(tmp_path)
-    monkeypatch.setattr(backend, "tf_backend", fake)
-    monkeypatch.setattr(gpath, "_GCS_BACKENDS", {fake})
-    return tmp_path
+    cloud.folder.mkdir()
+    return cloud.folder
 
 
 def test_a_pipeline_folder_in_a_bucket(bucket):
@@ -98,3 +80,133 @@ def test_a_profile_in_a_bucket(bucket):
     for step in range(3):
         recorded.before(step, jax.numpy.ones(3))
     assert list(bucket.glob("run/plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_run_in_a_bucket_gives_the_bits_of_a_local_one(bucket, tmp_path):
+    run = toys.spec()
+    assert toys.train(run, f"{BUCKET}/run").step == toys.train(run, tmp_path / "local").step == 8
+    there, here = (stage.load_stage(where) for where in (f"{BUCKET}/run", tmp_path / "local"))
+    assert toys.bits(there.params) == toys.bits(here.params)
+    assert sorted(os.listdir(bucket / "run/checkpoints")) == ["6", "8"]
+    assert not (bucket / "run" / locks.LOCK).exists()
+    assert toys.train(run, f"{BUCKET}/run").was_finished
+
+
+def test_what_was_being_saved_when_a_run_was_killed_is_no_checkpoint(bucket, tmp_path):
+    run = toys.spec()
+    toys.train(run, f"{BUCKET}/run")
+    expected = toys.bits(stage.load_stage(f"{BUCKET}/run").params)
+    checkpoints = reading.checkpoints_in(f"{BUCKET}/run")
+    (bucket / "run/checkpoints/8/commit_success.txt").unlink()
+    (bucket / "run/checkpoints/8/params/manifest.ocdbt").unlink()
+    assert reading.steps_in(checkpoints) == [6]
+    result = toys.train(run, f"{BUCKET}/run")
+    assert (result.step, result.was_finished) == (8, False)
+    assert toys.bits(stage.load_stage(f"{BUCKET}/run").params) == expected
+    assert sorted(os.listdir(bucket / "run/checkpoints")) == ["6", "8"]  # nothing was set aside
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, caplog):
+    run = toys.spec()
+    toys.train(run, f"{BUCKET}/run")
+    expected = toys.bits(stage.load_stage(f"{BUCKET}/run").params)
+    [largest, *_] = sorted((bucket / "run/checkpoints/8/params").rglob("d/*"), key=lambda path: -path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    toys.train(run, f"{BUCKET}/run")
+    assert "set aside as gs://bucket/run/checkpoints/corrupt-8" in caplog.text
+    assert toys.bits(stage.load_stage(f"{BUCKET}/run").params) == expected
+
+
+def test_a_bucket_that_refuses_a_checkpoint_costs_that_one_only(bucket, cloud, caplog):
+    run = toys.spec(**{"train.steps": 12, "train.log_every": 1})
+    cloud.refused = "checkpoints/3/params"
+    assert toys.train(run, f"{BUCKET}/run").step == 12
+    assert "saving the checkpoint of step 3 failed, training goes on" in caplog.text
+    assert sorted(map(int, os.listdir(bucket / "run/checkpoints"))) == [9, 12]
+
+
+def test_answers_that_fail_for_a_moment_are_asked_for_again(bucket, cloud):
+    cloud.fails = 2
+    assert toys.train(toys.spec(), f"{BUCKET}/run").step == 8
+    assert cloud.fails == 0
+
+
+# --------------------------------------------------------------------------------------- the lease
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(locks, "RENEWED", 0.2)
+    monkeypatch.setattr(locks, "LEASE", 1.5)
+
+
+HOLDER = """
+import pathlib, sys, time
+sys.path.insert(0, sys.argv[1])
+import gcs
+gcs.use(pathlib.Path(sys.argv[2]), sys.argv[3])
+from muse_jax.training import locks
+locks.RENEWED, locks.LEASE = 0.2, 1.5
+with locks.held("gs://bucket/run"):
+    print("holds", flush=True)
+    time.sleep(1e9)
+"""
+
+
+def holder(cloud):
+    """A process that holds gs://bucket/run."""
+    here = str(pathlib.Path(gcs.__file__).parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, here, str(cloud.folder), cloud.url],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "holds\n"
+    return process
+
+
+def test_two_runs_do_not_share_a_folder_in_a_bucket(bucket, cloud, quick):
+    other = holder(cloud)
+    try:
+        with pytest.raises(resume.ResumeError, match=rf"another run is at work in .*run: process {other.pid} on"):
+            toys.train(toys.spec(), f"{BUCKET}/run")
+    finally:
+        other.kill()
+        other.communicate()
+    assert os.listdir(bucket / "run") == [locks.LOCK]
+    assert toys.train(toys.spec(), f"{BUCKET}/run").step == 8  # which nobody holds any more
+    with locks.held(f"{BUCKET}/run"):
+        assert json.loads((bucket / "run" / locks.LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_a_run_that_was_taken_for_dead_ends_when_it_wakes_up(bucket, cloud, quick):
+    other = holder(cloud)
+    other.send_signal(signal.SIGSTOP)
+    with locks.held(f"{BUCKET}/run"):
+        other.send_signal(signal.SIGCONT)
+        said = other.communicate(timeout=30)[1]
+        assert other.returncode == 1
+        assert re.search(rf"gs://bucket/run was taken over by process {os.getpid()} on", said)
+    assert not (bucket / "run" / locks.LOCK).exists()
+
+
+def test_a_lease_outlives_answers_that_fail(bucket, cloud, quick, monkeypatch):
+    other = holder(cloud)
+    try:
+        cloud.fails = 2
+        time.sleep(0.5)
+        monkeypatch.setattr(locks, "LEASE", 15.0)  # tensorstore asks again after some seconds
+        with pytest.raises(resume.ResumeError, match="another run is at work"):
+            locks.held(f"{BUCKET}/run").__enter__()
+        assert cloud.fails == 0
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_bucket_that_nothing_can_be_written_to_is_an_error_before_all_else(bucket, cloud):
+    cloud.refused = locks.LOCK
+    with pytest.raises(resume.ResumeError, match=r"can't write to gs://bucket/run .*; choose another --workdir"):
+        toys.train(toys.spec(), f"{BUCKET}/run")
