@@ -194,7 +194,7 @@ def standing_in(folder: pathlib.Path) -> Iterator[Server]:
         backend.tf_backend, gpath._GCS_BACKENDS, gpath._is_zonal_gcs_bucket = before
 
 
-def use(folder: pathlib.Path, url: str) -> None:
+def use(folder: str | os.PathLike, url: str) -> None:
     """From now on gs://bucket is this folder, which a server serves at `url`."""
     os.environ["TENSORSTORE_GCS_HTTP_URL"] = os.environ["STORAGE_EMULATOR_HOST"] = url
     os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "any"

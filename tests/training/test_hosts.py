@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import gcs
 import jax
 import numpy as np
 import pytest
@@ -116,6 +117,28 @@ def test_what_two_saved_any_number_restores(two, tmp_path, processes):
     kept = reading.steps_in(reading.checkpoints_in(workdir))
     assert kept == [12, 13]
     assert fingerprints(workdir, 12) == fingerprints(two, 12)
+
+
+@pytest.mark.slow
+def test_two_processes_in_a_bucket_are_killed_while_saving_and_go_on_to_the_same_bits(two, tmp_path):
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    with gcs.serving(bucket) as server:
+        environment = [{"TOY_BUCKET": f"{bucket}|{server.url}", "TOY_PAUSE": "0.05", "TOY_LEASE": "2"}] * 2
+        processes = start("gs://bucket/run", environment=environment)
+        marks = bucket / "run/checkpoints/8/commit_success.txt"
+        wait_until(lambda: (bucket / "run/checkpoints/8").exists() and not marks.exists(), processes)
+        for process in processes:
+            process.kill()
+        finish(processes)
+        assert not marks.exists()
+        assert (bucket / "run/.lock").exists()  # nobody could give it back
+        ended = finish(start("gs://bucket/run", environment=environment))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "if it isn't renewed in 2 seconds, this run goes on there" in ended[0][1]
+    assert fingerprints(bucket / "run", 12) == fingerprints(two, 12)
+    assert losses(bucket / "run") == losses(two)
+    assert not (bucket / "run/.lock").exists()
 
 
 @pytest.mark.slow

@@ -16,10 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from muse_jax import specs
 from muse_jax.tasks.task import Mean
-from muse_jax.training import hosts, sharding, signals, trainer
+from muse_jax.training import hosts, locks, sharding, signals, trainer
 
 TOKENS, CODES, WIDTH = 6, 7, 8
 RULES = {"batch": ("data", "fsdp"), "vocab": None, "embed": "fsdp", "mlp": "tensor", "layers": None}
@@ -211,6 +212,11 @@ def bits(tree) -> str:
 
 def main(kind: str, workdir: str, changes: str = "{}", coordinator=None, processes=None, process=None) -> int:
     """Trains a toy slowly enough to be interrupted; says how it ended."""
+    if bucket := os.environ.get("TOY_BUCKET"):
+        import gcs
+
+        gcs.use(*bucket.split("|"))
+        locks.LEASE = float(os.environ["TOY_LEASE"])
     slow, hang_at = float(os.environ.get("TOY_PAUSE", "0")), int(os.environ.get("TOY_HANG_AT", "-1"))
     run = spec(**json.loads(changes))
     clock, ahead = time.time, float(os.environ.get("TOY_CLOCK_AHEAD", "0"))
@@ -219,7 +225,7 @@ def main(kind: str, workdir: str, changes: str = "{}", coordinator=None, process
         limits = {"join_seconds": run.deadlines.start, "heartbeat_seconds": run.deadlines.heartbeat}
         hosts.start(coordinator, int(processes), int(process), **limits)
     try:
-        result = train(run, pathlib.Path(workdir), TASKS[kind](), pause=slow, hang_at=hang_at)
+        result = train(run, epath.Path(workdir), TASKS[kind](), pause=slow, hang_at=hang_at)
     except signals.Stopped as stopped:
         print(stopped, flush=True)
         return stopped.exit_code
