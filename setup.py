@@ -80,6 +80,7 @@ setuptools.setup(
             *CONVERT,
             *TFDS_BUILD,
             "beartype>=0.22",
+            "hypothesis>=6.140",
             "ipykernel>=7.0",  # with the two below, launch/colab's notebook is executed
             "ipywidgets>=8.1",
             "nbclient>=0.10",

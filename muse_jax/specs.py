@@ -255,6 +255,7 @@ class DataSpec:
     flip: bool = False  # random horizontal flip; not where captions say left and right
     min_side: int = 0  # folder, array_record: pictures whose shorter side has fewer pixels are left out
     max_aspect: float = 0.0  # folder, array_record: and those with a longer side over this times the shorter; 0: none
+    most_broken: float = 0.01  # share of any 10,000 examples, as they are read, above which the run ends; 1: none
     text_embeddings: bool = False  # precomputed: batches have the text's embeddings; False: its ids
     sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # mixture: {label: {"weight": ..., changes}}
     workers: int = 0  # processes that load; 0: threads of this one
@@ -779,6 +780,7 @@ def is_precomputed(data: DataSpec) -> bool:
 def _check_data(data: DataSpec, path: str = "data") -> None:
     _positive(data, ("image_size",), path)
     _not_negative(data, ("text_length", "min_side", "workers", "prefetch"), path)
+    _share(data, ("most_broken",), path)
     _one_of(data.name, SOURCES, f"{path}.name")
     _one_of(data.crop, ("center", "random"), f"{path}.crop")
     if data.path and data.name in MADE and path == "data":  # a mixture's sources have its path, whether they need one

@@ -42,7 +42,9 @@ class ArrayRecordSource:
                 f"No picture of {spec.path}, split {self._split!r}, has at least data.min_side {spec.min_side} "
                 f"pixels and at most data.max_aspect {spec.max_aspect}; relax them."
             )
-        self._reader = Reader(self._read, length=len(self), name_of=self._name, fixed=False)
+        self._reader = Reader(
+            self._read, length=len(self), most_broken=spec.most_broken, name_of=self._name, fixed=False
+        )
 
     def _filtered(self) -> np.ndarray | None:
         """Positions of the pictures that the config's filters keep; None for all of them."""

@@ -125,22 +125,22 @@ def _walk(root: str, splits: tuple[str, str]) -> tuple[tuple[str, int, int], ...
 
     A folder that has several names by links is listed once: by a split's name, so that nothing of the evaluation
     split is trained on, else by its own, else by the first link's. One that cannot be opened is listed with a "/"
-    at its end.
+    at its end; where storage fails, that is an error.
     """
     first = splits[::-1]
     seen, found, pending = set(), [], [(0, "")]
     while pending:
         _, folder = heapq.heappop(pending)
         try:
-            status = os.stat(os.path.join(root, folder))
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(os.path.join(root, folder)) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
-        except OSError:
+            which, listed = patiently(_entries, os.path.join(root, folder))
+        except OSError as error:
+            if transforms.is_outage(error):  # other machines, or the next start, would see other pictures
+                raise
             found.append((f"{folder}/", 0, 0))
             continue
+        if which in seen:
+            continue
+        seen.add(which)
         for entry in listed:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
@@ -151,6 +151,13 @@ def _walk(root: str, splits: tuple[str, str]) -> tuple[tuple[str, int, int], ...
             else:
                 found.append((key, *_size_and_time(entry)))
     return tuple(sorted(found))
+
+
+def _entries(folder: str) -> tuple[tuple[int, int], list[os.DirEntry]]:
+    """Which folder it is, by whatever name, and what is in it."""
+    status = os.stat(folder)
+    with os.scandir(folder) as entries:
+        return (status.st_dev, status.st_ino), sorted(entries, key=lambda entry: entry.name)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -297,6 +304,7 @@ class FolderSource:
             length=len(self),
             name_of=self._name,
             fixed=spec.crop == "center" and not spec.flip,
+            most_broken=spec.most_broken,
             spares=len(spares),
         )
 

@@ -74,7 +74,9 @@ class PrecomputedSource:
                 f"{spec.path} has no text embeddings; precompute them with --text_embeddings, or set "
                 "data.text_embeddings=False to compute them while training."
             )
-        self._reader = Reader(self._read, length=len(self._records), name_of=self._name_of, fixed=False)
+        self._reader = Reader(
+            self._read, length=len(self._records), most_broken=spec.most_broken, name_of=self._name_of, fixed=False
+        )
 
     def __len__(self) -> int:
         return len(self._records) // self._epochs

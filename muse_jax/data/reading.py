@@ -12,6 +12,7 @@ from muse_jax.data.transforms import UnusableError, is_outage
 CACHE_BYTES = 512 * 2**20  # of decoded pictures kept by one source
 
 PAUSES = (0.1, 0.3, 1.0, 3.0)  # seconds between two tries to read what storage fails to give at the moment
+WINDOW = 10_000  # examples read, of which a share may be broken
 _TRIED = 1000  # examples in the place of a broken one, before giving up
 
 
@@ -33,6 +34,7 @@ class Reader:
     For a broken example another one is read that depends on its index alone, so the same examples are
     seen on every machine and after every restart. Each broken one is logged once; `broken` has them all.
     One that storage doesn't give is not broken: other machines may have it. It is tried again, and then an error.
+    Many broken ones are an error too: then it isn't the examples that are at fault, but what wrote or reads them.
 
     Where nothing about an example is random, it is kept in memory while `CACHE_BYTES` last: decoding a
     file takes as long as a good part of a small network's step.
@@ -42,6 +44,7 @@ class Reader:
       length: number of examples.
       name_of: an example's name for the log, from its index.
       fixed: whether the seed makes no difference.
+      most_broken: share of `WINDOW` examples, as they are read for the first time, above which it is an error.
       spares: number of examples with the indices after those, for when all of those that were tried are broken.
     """
 
@@ -52,6 +55,7 @@ class Reader:
         length: int,
         name_of: Callable[[int], str],
         fixed: bool,
+        most_broken: float = 1.0,
         spares: int = 0,
     ):
         self._read = read
@@ -60,6 +64,8 @@ class Reader:
         self._name_of = name_of
         self._kept: dict[int, dict[str, Any]] = {}
         self._room = CACHE_BYTES if fixed else 0
+        self._most_broken = most_broken
+        self._in_window = self._broken_in_window = 0  # examples read
         self.broken: dict[int, str] = {}  # index -> reason
 
     def example(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
@@ -67,7 +73,7 @@ class Reader:
 
         Raises:
           UnusableError: if a thousand examples in its place, and as many spare ones, are broken too,
-            or storage goes on failing.
+            more are broken than `most_broken` says, or storage goes on failing.
         """
         for attempt in range(2 * _TRIED if self._spares else _TRIED):
             at = self._tried(index, attempt)
@@ -75,6 +81,9 @@ class Reader:
                 return self._kept[at]
             if at in self.broken:
                 continue
+            self._in_window, self._broken_in_window = (
+                (self._in_window + 1, self._broken_in_window) if self._in_window < WINDOW else (1, 0)
+            )
             try:
                 return self._keep(at, patiently(self._read, at, seed))
             except (UnusableError, OSError) as error:
@@ -88,10 +97,21 @@ class Reader:
                     "Skipped %s (%s); another example stands in for it. So far %d of %d turned out broken.",
                     self._name_of(at), error, len(self.broken), self._length,
                 )  # fmt: skip
+                self._count_broken()
         raise UnusableError(
             f"{self._name_of(index)} and all examples tried in its place, of {self._length}, are broken; mend them",
             "; ".join(f"{self._name_of(i)} ({reason})" for i, reason in list(self.broken.items())[:5]),
         )
+
+    def _count_broken(self) -> None:
+        self._broken_in_window += 1
+        if self._broken_in_window > self._most_broken * WINDOW:
+            named = "; ".join(f"{self._name_of(i)} ({self.broken[i]})" for i in list(self.broken)[-3:])
+            raise UnusableError(
+                f"{self._broken_in_window} of the last {self._in_window} examples read are broken, the newest {named}; "
+                f"see to what wrote them, or to what they are read from. data.most_broken {self._most_broken:g} allows "
+                f"that share of {WINDOW}"
+            )
 
     def _tried(self, index: int, attempt: int) -> int:
         if attempt == 0:

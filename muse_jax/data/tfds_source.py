@@ -64,7 +64,9 @@ class TFDSSource:
         # One of several captions is drawn by the seed, as crops and flips are.
         many = hasattr(self._text, "feature") or "/" in spec.text_key
         fixed = spec.crop == "center" and not spec.flip and not many
-        self._reader = Reader(self._read, length=len(self), name_of=self._name_of, fixed=fixed)
+        self._reader = Reader(
+            self._read, length=len(self), most_broken=spec.most_broken, name_of=self._name_of, fixed=fixed
+        )
 
     def _open(self, tfds: Any, decoders: Any, directory: str | None) -> Any:
         try:

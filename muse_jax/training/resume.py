@@ -35,6 +35,8 @@ FREE = (
     "data.prefetch",
     "data.eval_split",
     "data.sources.*.eval_split",
+    "data.most_broken",
+    "data.sources.*.most_broken",
     "model.remat",
     "model.unroll",
     "model.attention",

@@ -282,6 +282,28 @@ def test_a_header_that_storage_does_not_give_costs_no_picture(tmp_path, monkeypa
         folders.scan(str(tmp_path))
 
 
+def test_a_folder_that_storage_does_not_list_costs_no_picture(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    picture(tmp_path / "sub/a.png").with_suffix(".txt").write_text("a")
+    monkeypatch.setattr(reading, "PAUSES", (0.0,))
+    failures, whole = [], os.scandir
+
+    def failing(folder):
+        if failures and folder.endswith("sub"):
+            raise failures.pop()
+        return whole(folder)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    failures += [OSError(errno.EIO, "Input/output error")]
+    assert folders.scan(str(tmp_path)).keys == ("sub/a.png",)
+    failures += [OSError(errno.EIO, "Input/output error")] * 2
+    with pytest.raises(OSError, match="Input/output error"):
+        folders.scan(str(tmp_path))
+    failures[:] = [OSError(errno.EACCES, "Permission denied")]
+    with pytest.raises(ValueError, match="Skipped 1, folder cannot be opened: sub/"):
+        folders.scan(str(tmp_path))
+
+
 def test_nothing_usable_says_why_for_each_reason(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         folders.scan(str(tmp_path / "nowhere"))

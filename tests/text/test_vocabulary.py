@@ -1,12 +1,14 @@
 """Any string is a prompt; ids, masks and files do what the networks rely on."""
 
+import functools
 import pickle
-import random
 import time
 import unicodedata
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 from muse_jax.text import vocabulary as vocabulary_lib
 from muse_jax.text.vocabulary import ByteVocabulary, ClassVocabulary, SentencePiece, WordVocabulary
@@ -30,29 +32,20 @@ def piece(tmp_path_factory):
     return str(folder / "m.model")
 
 
-def strange_strings(count: int) -> list[str]:
-    """Random strings from the corners of Unicode, surrogates among them."""
-    draw = random.Random(0)
-    ranges = [(0, 0x20), (0x20, 0x7F), (0x7F, 0xA0), (0x300, 0x370), (0x590, 0x700), (0x900, 0x980), (0x200B, 0x2070)]
-    ranges += [(0xD800, 0xE000), (0xFE00, 0xFE10), (0xFEFF, 0xFF00), (0x1F300, 0x1F700), (0xAC00, 0xAD00)]
-    ranges += [(0, 0x110000)]
-
-    def string() -> str:
-        return "".join(chr(draw.randrange(*draw.choice(ranges))) for _ in range(draw.randrange(40)))
-
-    corners = [
-        "",
-        " ",
-        "\x00",
-        "\ufeff",
-        "\ud800",
-        "\ud83d\ude00",
-        "👩\u200d👩",
-        "z" + "\u0335" * 500,
-        "İ ΑΣ",
-        "a\u200d\u0301",
-    ]
-    return [*corners, *(string() for _ in range(count))]
+CORNERS = (
+    "",
+    " ",
+    "\x00",
+    "\ufeff",
+    "\ud800",
+    "\ud83d\ude00",
+    "👩\u200d👩",
+    "z" + "\u0335" * 500,
+    "İ ΑΣ",
+    "a\u200d\u0301",
+)
+STRANGE = strategies.text(strategies.characters(), max_size=60)  # all of Unicode, lone surrogates too
+settings = functools.partial(hypothesis.settings, derandomize=True, deadline=None, database=None)
 
 
 def test_ids_and_mask_of_words():
@@ -121,22 +114,36 @@ def test_what_looks_the_same_is_the_same():
     assert vocabulary_lib.clean("a\tb\r\n c\x7f\x85") == "a b c"
 
 
+@settings(max_examples=2000)
+@hypothesis.given(STRANGE)
+def check_prompt(text):
+    cleaned = vocabulary_lib.clean(text)
+    cleaned.encode("utf-8")  # no surrogates left
+    assert unicodedata.is_normalized("NFC", cleaned)
+    assert not any(unicodedata.category(c) == "Cc" for c in cleaned)
+    for words in (WORDS, ByteVocabulary()):
+        ids, mask = words.encode(text, 16)
+        assert ids.max() < words.size
+        assert (ids[~mask] == 0).all()
+
+
 def test_any_string_is_a_prompt():
-    for text in strange_strings(2000):
-        cleaned = vocabulary_lib.clean(text)
-        cleaned.encode("utf-8")  # no surrogates left
-        assert unicodedata.is_normalized("NFC", cleaned)
-        assert not any(unicodedata.category(c) == "Cc" for c in cleaned)
-        for words in (WORDS, ByteVocabulary()):
-            ids, mask = words.encode(text, 16)
-            assert ids.max() < words.size
-            assert (ids[~mask] == 0).all()
+    for text in CORNERS:
+        check_prompt.hypothesis.inner_test(text)
+    check_prompt()
 
 
 def test_strange_strings_through_sentencepiece(piece):
     words = SentencePiece.from_file(piece)
-    for text in strange_strings(200):
+
+    @settings(max_examples=300)
+    @hypothesis.given(STRANGE)
+    def check(text):
         assert max([0, *words.tokens(text)]) < words.size
+
+    for text in CORNERS:
+        check.hypothesis.inner_test(text)
+    check()
 
 
 @pytest.mark.parametrize("words", [WORDS, ByteVocabulary()])
@@ -184,10 +191,15 @@ def test_words_from_captions_by_frequency():
     captions = ["b b b a", "a c", "c, d"]
     assert WordVocabulary.from_captions(captions).words == ("b", "a", "c", ",", "d")
     assert WordVocabulary.from_captions(captions, limit=2).words == ("b", "a")
-    made = WordVocabulary.from_captions(strange_strings(500), limit=10**6)
-    assert all(made.tokens(word) == [i + 2] for i, word in enumerate(made.words))
     with pytest.raises(ValueError, match="no words"):
         WordVocabulary.from_captions(["", " "])
+
+
+@settings(max_examples=200)
+@hypothesis.given(strategies.lists(STRANGE, max_size=20))
+def test_words_of_any_captions_are_found_again(captions):
+    made = WordVocabulary.from_captions([*captions, *CORNERS, "a"], limit=10**6)
+    assert all(made.tokens(word) == [i + 2] for i, word in enumerate(made.words))
 
 
 def test_words_that_no_prompt_can_have_are_refused():

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import resource
 import sys
 import time
