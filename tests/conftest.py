@@ -36,7 +36,10 @@ os.environ["MUSE_JAX_NO_REEXEC"] = "1"  # muse_jax/process.py: a test's process 
 gc.set_threshold(200_000, 20, 50)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+)
+sys.path.insert(0, str(ROOT / "tests"))  # gcs.py
 
 import pytest  # noqa: E402
 

@@ -70,7 +70,8 @@ def write(out: Any, converted: Converted, origin: Mapping[str, str], dtype: str 
     """Writes the folder, whole or not at all; one that `write` made before is replaced.
 
     Args:
-      out: its parents are made if need be; what a link leads to is written.
+      out: its parents are made if need be; what a link leads to is written. In a bucket, which can't rename
+        folders, it is whole once its manifest is there, which is deleted first and written last.
       converted: what to write; read as it is written.
       origin: where it is from, for the manifest.
       dtype: a name in `DTYPES`; "source" keeps float32 and bfloat16, and widens float16.
@@ -81,7 +82,7 @@ def write(out: Any, converted: Converted, origin: Mapping[str, str], dtype: str 
     Raises:
       WeightsError: if a tensor can't be read or isn't finite, or something else is in the way.
     """
-    out = epath.Path(out if "://" in os.fspath(out) else os.path.realpath(out))
+    out = epath.Path(out if _in_bucket(out) else os.path.realpath(out))
     _check_replaceable(out, converted.vocabulary)
     _sweep(out)
     name = f".{out.name}.{uuid.uuid4().hex[:8]}"
@@ -94,7 +95,10 @@ def write(out: Any, converted: Converted, origin: Mapping[str, str], dtype: str 
         manifest = {"format": FORMAT, "kind": converted.kind, "origin": dict(origin)}
         manifest |= {"model": dict(converted.model), "tensors": written}
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        _replace(out, draft, previous)
+        if _in_bucket(out):
+            _replace_objects(out, draft)
+        else:
+            _replace(out, draft, previous)
     finally:
         if draft.exists():
             draft.rmtree()
@@ -115,6 +119,18 @@ def _replace(out: epath.Path, draft: epath.Path, previous: epath.Path) -> None:
         previous.rmtree()
 
 
+def _replace_objects(out: epath.Path, draft: epath.Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)
+    for name in (PARAMS, VOCABULARY, MANIFEST):
+        if (draft / name).exists():
+            (draft / name).replace(out / name)
+
+
+def _in_bucket(path: Any) -> bool:
+    return "://" in os.fspath(path)
+
+
 def _sweep(out: epath.Path) -> None:
     """Removes drafts of imports that were killed: those in which nothing has been written for long."""
     for draft in out.parent.glob(f".{out.name}.*.draft"):
@@ -131,7 +147,7 @@ def _check_replaceable(out: epath.Path, vocabulary: bytes | None) -> None:
         raise WeightsError(f"{out} is a file; name a folder.")
     held = {file.name for file in out.iterdir()}
     others = sorted(held - {PARAMS, MANIFEST, VOCABULARY})
-    if others or (held and MANIFEST not in held):
+    if others or (held and MANIFEST not in held and not _in_bucket(out)):
         found = f" ({others[0]})" if others else ""
         raise WeightsError(f"{out} holds something else than imported weights{found}; name another folder.")
     if VOCABULARY in held and (out / VOCABULARY).read_bytes() != vocabulary:

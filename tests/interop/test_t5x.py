@@ -2,6 +2,7 @@
 
 import json
 
+import gcs
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -31,6 +32,20 @@ def test_parameters_are_those_written(tmp_path, gated):
         np.testing.assert_array_equal(read[name], value, err_msg=name)
     assert manifest["model"]["gated"] is gated
     assert folder.text_encoder_spec(tmp_path / "out").width == spec.width
+
+
+def test_a_checkpoint_in_a_bucket(tmp_path):
+    params = our_params()
+    write_t5x(tmp_path / "cloud/t5x/checkpoint_1", params)
+    with gcs.standing_in(tmp_path / "cloud"):
+        for _ in range(2):  # the second replaces the first
+            import_weights("t5x", f"{gcs.BUCKET}/t5x/checkpoint_1", f"{gcs.BUCKET}/weights")
+        assert folder.text_encoder_spec(f"{gcs.BUCKET}/weights").width == spec_of().width
+    assert sorted(p.name for p in (tmp_path / "cloud").iterdir()) == ["t5x", "weights"]
+    read = load_file(tmp_path / "cloud/weights" / folder.PARAMS)
+    assert read.keys() == params.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(read[name], value, err_msg=name)
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):

@@ -1,4 +1,4 @@
-"""gs:// paths work where local ones do. The bucket here is a stand-in (gcs.py)."""
+"""gs:// paths work where local ones do. The bucket here is a stand-in (tests/gcs.py)."""
 
 import json
 import os
