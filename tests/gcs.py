@@ -14,6 +14,7 @@ import urllib.parse
 from collections.abc import Iterator
 
 from etils.epath import backend, gpath
+from orbax.checkpoint._src.path import gcs_utils
 
 BUCKET = "gs://bucket"
 
@@ -23,7 +24,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     Attributes:
       fails: answers to come that are 503.
-      refused: objects with this in their names can't be written (403), if it isn't empty.
+      refused: requests with this in their address are answered 403, if it isn't empty.
     """
 
     daemon_threads = True
@@ -79,7 +80,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if self.server.fails:
                 self.server.fails -= 1
                 self._answer(503)
-            elif self.server.refused and self.server.refused in asked.get("name", ""):
+            elif self.server.refused and self.server.refused in urllib.parse.unquote(self.path):
                 self._answer(403)
             elif "upload" in parts:
                 self._write(self._path(asked["name"]), body, asked)
@@ -198,5 +199,6 @@ def use(folder: str | os.PathLike, url: str) -> None:
     """From now on gs://bucket is this folder, which a server serves at `url`."""
     os.environ["TENSORSTORE_GCS_HTTP_URL"] = os.environ["STORAGE_EMULATOR_HOST"] = url
     os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "any"
+    gcs_utils.get_bucket.cache_clear()
     files = Files(folder)
     backend.tf_backend, gpath._GCS_BACKENDS, gpath._is_zonal_gcs_bucket = files, {files}, lambda _: False

@@ -60,6 +60,7 @@ class Checkpoints:
           seconds: after which a save that is under way has failed; 0: never.
         """
         self.folder = checkpoints_in(workdir)
+        self._in_bucket = "://" in str(self.folder)
         self.keep, self.seconds = keep, math.ceil(seconds) or _NEVER
         self._at_once = _written_at_once([leaf for leaves in items.values() for leaf in leaves.values()])
         self.failures = 0
@@ -67,7 +68,7 @@ class Checkpoints:
         self._opened = 0
         self._probe()
         self._purge()
-        self._manager = self._open()
+        self._manager: ocp.CheckpointManager | None = self._open()  # None after a save that failed
 
     def _probe(self) -> None:
         """Fails now, and not at the first checkpoint, where nothing can be written or where hosts have disks apart."""
@@ -128,7 +129,11 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(timeout_secs=self.seconds),
             multiprocessing_options=processes,
         )
-        return ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
+        try:
+            return ocp.CheckpointManager(self.folder, options=options, handler_registry=handlers)
+        except Exception as error:
+            hint = "; Orbax asks for the right storage.buckets.get, beside those of objects" if self._in_bucket else ""
+            raise CheckpointError(f"can't look into {self.folder} ({brief(error)}){hint}.") from error
 
     def save(self, step: int, items: Mapping[str, Mapping[str, Any]], meta: Mapping[str, Any]) -> None:
         """Starts to save {item: {leaf's name: array}}; the arrays must stay as they are until it is done.
@@ -152,9 +157,14 @@ class Checkpoints:
         try:
             hosts.everywhere("preparing a checkpoint", lambda: self._check_space(items))
             composite = ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta))
-            hosts.everywhere("starting a checkpoint", lambda: self._manager.save(step, args=composite, force=True))
+            hosts.everywhere("starting a checkpoint", lambda: self._start(step, composite))
         except Exception as error:
             self._failed(error)
+
+    def _start(self, step: int, items: Any) -> None:
+        if self._manager is None:
+            self._manager = self._open(sweep=False)
+        self._manager.save(step, args=items, force=True)
 
     def _check_space(self, items: Mapping[str, Mapping[str, Any]]) -> None:
         size = sum(leaf.nbytes for leaves in items.values() for leaf in leaves.values())
@@ -210,30 +220,37 @@ class Checkpoints:
     def _failed(self, error: Exception) -> None:
         step, self._saving = self._saving, None
         self.failures += 1
+        manager, self._manager = self._manager, None
         try:
-            self._manager.close()
+            if manager is not None:
+                manager.close()
         except Exception as closing:
             logging.info("closing the checkpoint manager: %s", brief(closing))
         hosts.from_leader("tidying after a checkpoint", lambda: self._tidy(step))
         if self.failures >= MOST_FAILURES:
             raise CheckpointError(
                 f"saving a checkpoint to {self.folder} failed {self.failures} times, now at step {step}: "
-                f"{brief(error)}. Older checkpoints are intact: {steps_in(self.folder)}."
+                f"{brief(error)}. Older checkpoints are intact: {self._intact()}."
             ) from error
         logging.warning("saving the checkpoint of step %s failed, training goes on: %s", step, brief(error))
-        self._manager = self._open(sweep=False)
+
+    def _intact(self) -> str:
+        try:
+            return str(steps_in(self.folder))
+        except Exception as error:
+            return f"which, storage doesn't say ({brief(error)})"
 
     def _tidy(self, step: int | None) -> None:
         """Removes what a failed save left. Some of Orbax's threads may still be writing, so several times."""
         for _ in range(20):
-            partial = list(self.folder.glob(f"{step}.*"))
-            if "://" in str(self.folder) and step not in steps_in(self.folder):
-                partial += self.folder.glob(str(step))
-            for folder in partial:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # storage may be what failed; the next start sweeps
+                partial = list(self.folder.glob(f"{step}.*"))
+                if self._in_bucket and step not in steps_in(self.folder):
+                    partial += self.folder.glob(str(step))
+                if not partial:
+                    return
+                for folder in partial:
                     folder.rmtree(missing_ok=True)
-            if not partial:
-                return
             time.sleep(0.1)
 
     def restore(self, wanted: Mapping[str, Mapping[str, Any]], check: Any) -> tuple[dict, dict] | None:
@@ -308,7 +325,8 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being saved; errors are raised."""
         self.finish()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
 
 def _written_at_once(leaves: Iterable[Any]) -> int:

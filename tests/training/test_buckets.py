@@ -111,10 +111,10 @@ def test_a_damaged_checkpoint_in_a_bucket_is_set_aside(bucket, caplog):
     run = toys.spec()
     toys.train(run, f"{BUCKET}/run")
     expected = toys.bits(stage.load_stage(f"{BUCKET}/run").params)
-    [largest, *_] = sorted((bucket / "run/checkpoints/8/params").rglob("d/*"), key=lambda path: -path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    for path in (bucket / "run/checkpoints/8/params").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
     toys.train(run, f"{BUCKET}/run")
     assert "set aside as gs://bucket/run/checkpoints/corrupt-8" in caplog.text
     assert toys.bits(stage.load_stage(f"{BUCKET}/run").params) == expected
@@ -132,6 +132,12 @@ def test_answers_that_fail_for_a_moment_are_asked_for_again(bucket, cloud):
     cloud.fails = 2
     assert toys.train(toys.spec(), f"{BUCKET}/run").step == 8
     assert cloud.fails == 0
+
+
+def test_rights_that_are_missing_are_named_before_anything_is_compiled(bucket, cloud):
+    cloud.refused = "/b/bucket?"  # of objects everything is allowed
+    with pytest.raises(reading.CheckpointError, match=r"can't look into gs://bucket/run/checkpoints .*buckets\.get"):
+        toys.train(toys.spec(), f"{BUCKET}/run")
 
 
 # --------------------------------------------------------------------------------------- the lease

@@ -359,7 +359,8 @@ def test_a_checkpoint_restores_on_another_mesh(tmp_path):
 def mutations():
     """Every key of a config changed in turn, and whether the run may go on with it."""
     free = ("mesh.", "checkpoint.", "sample.", "data.workers", "data.prefetch", "data.path", "data.eval_split",
-            "task.init_from", "task.perceptual_weights", "train.log_every", "train.eval_every", "train.eval_batches",
+            "data.most_broken", "task.init_from",
+            "task.perceptual_weights", "train.log_every", "train.eval_every", "train.eval_batches",
             "train.sample_every", "train.stop_after_nonfinite", "train.compare_every", "train.replay_every",
             "train.donate", "train.tpu_options", "rules.", "deadlines.", "frozen_rules", "profile.")  # fmt: skip
 
