@@ -1,10 +1,9 @@
-"""What checkpoints and metrics cost a train loop: python -m muse_jax.overhead [--rounds=20].
+"""What checkpoints and metrics cost a train loop: python -m muse_jax.overhead [--rounds=30].
 
 Trains the base model of configs/scenes/base.py (--variant, the longer preset by default) in one run, of which
-every other 50 steps have a checkpoint and metrics every 10, and those between have neither. What else a machine
-does makes steps slower for seconds on end, by more than what is sought: hence, of the first of the 50 steps, the
-median of all rounds counts, of the second likewise, and so on, and the sum of the 50 with is compared with
-that of the 50 without. How far the rounds as a whole differ is printed too.
+every other 50 steps have a checkpoint and metrics every 10, and those between have neither. Each 50 with are
+compared with the mean of the 50 before and the 50 after them, since whole runs on one machine differ by more than
+what is sought, and it gets slower and faster with time. Printed is the mean of all rounds and its standard error.
 """
 
 from muse_jax import process
@@ -14,6 +13,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
+import math
 import pathlib
 import tempfile
 import time
@@ -34,7 +34,7 @@ class InTurns(trainer.Run):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.ends: list[float] = []  # of the steps, in seconds
+        self.ends: list[float] = []  # of the turns, in seconds
 
     def due(self, every: int, step: int) -> bool:
         """Nothing is, in a turn without."""
@@ -44,13 +44,14 @@ class InTurns(trainer.Run):
         super()._one_step()
         if self.step % TURN == 0:
             self.checkpoints.finish()  # what is still being written belongs to the turn that ends here
-        self.ends.append(time.monotonic())
+            self.ends.append(time.monotonic())
 
 
-def measure(variant: str, rounds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of the steps with, and of those without, each (rounds, TURN)."""
+def measure(variant: str, rounds: int) -> list[float]:
+    """Seconds of the turns, those without and those with in turn; first and last are turns without."""
     spec = benchmark.stage_spec("base", variant)
-    steps = 2 * TURN * (rounds + 1) + 1  # the first two turns warm up; the last step, where all is waited for, is none
+    # Three turns warm up, with the first checkpoint; the last step, where all is waited for, belongs to no turn.
+    steps = TURN * (3 + 2 * rounds + 1) + 1
     train = dataclasses.replace(spec.train, steps=steps, log_every=LOGGED_EVERY, eval_batches=0)
     spec = dataclasses.replace(spec, train=train, checkpoint=specs.CheckpointSpec(every_steps=TURN))
     task = stages.build_task(spec, functools.partial(benchmark.untrained, variant=variant))
@@ -68,31 +69,31 @@ def measure(variant: str, rounds: int) -> tuple[np.ndarray, np.ndarray]:
     with tempfile.TemporaryDirectory() as workdir:
         arguments = {"make_batches": batches, "eval_batches": list, "data_fingerprint": ""}
         trainer.train(spec, task, workdir=pathlib.Path(workdir), **arguments, loop=loop)
-    turns = np.diff(runs[0].ends[2 * TURN - 1 : -1]).reshape(rounds, 2, TURN)
-    return turns[:, 0], turns[:, 1]
+    return np.diff(runs[0].ends[2:]).tolist()
 
 
-def cost(kept: np.ndarray, without: np.ndarray) -> str:
+def cost(seconds: Sequence[float]) -> str:
     """What the seconds of `measure` say.
 
-    >>> print(cost(np.array([[0.3, 0.2], [0.3, 0.1], [0.9, 0.2]]), np.array([[0.2, 0.2], [0.2, 0.2], [0.2, 0.8]])))
-    0.50 s with, 0.40 s without: +25.0% (rounds as a whole: median +10.0%, from +0.0% to +25.0%)
+    >>> print(cost([10.0, 10.3, 10.2, 10.2, 10.2, 10.3, 10.0]))
+    10.1 s without; with, it takes +1.3% (standard error 0.7%, 3 rounds from +0.0% to +2.0%)
     """
-    typical, plain = (np.median(seconds, axis=0).sum() for seconds in (kept, without))
-    rounds = kept.sum(axis=1) / without.sum(axis=1) - 1
-    spread = f"median {np.median(rounds):+.1%}, from {rounds.min():+.1%} to {rounds.max():+.1%}"
-    return f"{typical:.2f} s with, {plain:.2f} s without: {typical / plain - 1:+.1%} (rounds as a whole: {spread})"
+    without = np.array(seconds[::2])
+    rounds = 100 * (np.array(seconds[1::2]) / (without[:-1] + without[1:]) * 2 - 1)
+    error = rounds.std(ddof=1) / math.sqrt(len(rounds)) if len(rounds) > 1 else math.nan
+    spread = f"standard error {error:.1f}%, {len(rounds)} rounds from {rounds.min():+.1f}% to {rounds.max():+.1f}%"
+    return f"{without.mean():.1f} s without; with, it takes {rounds.mean():+.1f}% ({spread})"
 
 
 def main(argv: Sequence[str]) -> None:
     process.quiet()
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    found = cost(*measure(_VARIANT.value, _ROUNDS.value))
+    found = cost(measure(_VARIANT.value, _ROUNDS.value))
     print(f"{TURN} steps, a checkpoint at the first and metrics every {LOGGED_EVERY}: {found}")
 
 
 if __name__ == "__main__":
     _VARIANT = flags.DEFINE_string("variant", "long", "Of the scenes' config.")
-    _ROUNDS = flags.DEFINE_integer("rounds", 20, "Of 50 steps with and 50 without.", lower_bound=1)
+    _ROUNDS = flags.DEFINE_integer("rounds", 30, "Of 50 steps with and 50 without.", lower_bound=1)
     app.run(main)

@@ -321,6 +321,8 @@ def _stop(number: int, _frame: Any) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if "://" in _WORKDIR.value:
+        raise app.UsageError(f"--workdir is {_WORKDIR.value!r}; the quickstart's is a folder of this machine")
     process.quiet()
     signal.signal(signal.SIGTERM, _stop)
     from muse_jax import train

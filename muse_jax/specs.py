@@ -255,7 +255,7 @@ class DataSpec:
     flip: bool = False  # random horizontal flip; not where captions say left and right
     min_side: int = 0  # folder, array_record: pictures whose shorter side has fewer pixels are left out
     max_aspect: float = 0.0  # folder, array_record: and those with a longer side over this times the shorter; 0: none
-    most_broken: float = 0.01  # share of any 10,000 examples, as they are read, above which the run ends; 1: none
+    most_broken: float = 0.01  # share of any 10,000 that a process reads, above which the run ends; 1: any
     text_embeddings: bool = False  # precomputed: batches have the text's embeddings; False: its ids
     sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # mixture: {label: {"weight": ..., changes}}
     workers: int = 0  # processes that load; 0: threads of this one

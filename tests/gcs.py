@@ -17,6 +17,7 @@ from etils.epath import backend, gpath
 from orbax.checkpoint._src.path import gcs_utils
 
 BUCKET = "gs://bucket"
+ENVIRONMENT = ("TENSORSTORE_GCS_HTTP_URL", "STORAGE_EMULATOR_HOST", "GOOGLE_AUTH_TOKEN_FOR_TESTING")
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -24,6 +25,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     Attributes:
       fails: answers to come that are 503.
+      lost: writes to come that are done and answered 503.
       refused: requests with this in their address are answered 403, if it isn't empty.
     """
 
@@ -31,7 +33,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.fails, self.refused = folder, 0, ""
+        self.folder, self.fails, self.lost, self.refused = folder, 0, 0, ""
         self.lock = threading.Lock()
 
     @property
@@ -108,6 +110,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         os.replace(draft, path)
         if self.server.generation(path) <= found:
             os.utime(path, ns=(found + 1, found + 1))
+        if self.server.lost:
+            self.server.lost -= 1
+            return self._answer(503)
         made = str(self.server.generation(path))
         return self._answer(200, json.dumps({"name": asked["name"], "generation": made}).encode())
 
@@ -189,16 +194,20 @@ class Files(backend._OsPathBackend):
 def standing_in(folder: pathlib.Path) -> Iterator[Server]:
     """While it does, gs://bucket is this folder, in this process."""
     before = backend.tf_backend, gpath._GCS_BACKENDS, gpath._is_zonal_gcs_bucket
+    environment = {name: os.environ.get(name) for name in ENVIRONMENT}
     with serving(folder) as server:
-        use(folder, server.url)
-        yield server
-        backend.tf_backend, gpath._GCS_BACKENDS, gpath._is_zonal_gcs_bucket = before
+        try:
+            use(folder, server.url)
+            yield server
+        finally:
+            backend.tf_backend, gpath._GCS_BACKENDS, gpath._is_zonal_gcs_bucket = before
+            for name, value in environment.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def use(folder: str | os.PathLike, url: str) -> None:
     """From now on gs://bucket is this folder, which a server serves at `url`."""
-    os.environ["TENSORSTORE_GCS_HTTP_URL"] = os.environ["STORAGE_EMULATOR_HOST"] = url
-    os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "any"
+    os.environ.update(zip(ENVIRONMENT, (url, url, "any"), strict=True))
     gcs_utils.get_bucket.cache_clear()
     files = Files(folder)
     backend.tf_backend, gpath._GCS_BACKENDS, gpath._is_zonal_gcs_bucket = files, {files}, lambda _: False

@@ -141,37 +141,45 @@ def _walk(root: str, splits: tuple[str, str]) -> tuple[tuple[str, int, int], ...
         if which in seen:
             continue
         seen.add(which)
-        for entry in listed:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
+        for entry, is_folder, size_and_time in listed:
             key = f"{folder}/{entry.name}" if folder else entry.name
-            if _is_folder(entry):
+            if is_folder:
                 turn = first.index(key) if key in first else len(first) + entry.is_symlink()
                 heapq.heappush(pending, (turn, key))
             else:
-                found.append((key, *_size_and_time(entry)))
+                found.append((key, *size_and_time))
     return tuple(sorted(found))
 
 
-def _entries(folder: str) -> tuple[tuple[int, int], list[os.DirEntry]]:
-    """Which folder it is, by whatever name, and what is in it."""
+def _entries(folder: str) -> tuple[tuple[int, int], list[tuple[os.DirEntry, bool, tuple[int, int]]]]:
+    """Which folder it is, by whatever name; what is in it, whether that is a folder, and its size and time.
+
+    Raises:
+      OSError: if it can't be opened, or storage fails.
+    """
     status = os.stat(folder)
     with os.scandir(folder) as entries:
-        return (status.st_dev, status.st_ino), sorted(entries, key=lambda entry: entry.name)
+        shown = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
+    listed = [(entry, _is_folder(entry), _size_and_time(entry)) for entry in sorted(shown, key=lambda e: e.name)]
+    return (status.st_dev, status.st_ino), listed
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: Any) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle
-        return False
+    except OSError as error:
+        if transforms.is_outage(error):
+            raise
+        return False  # a link in a circle
 
 
 def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:
     try:
         status = entry.stat()
-    except OSError:  # a link to nowhere
-        return 0, 0
+    except OSError as error:
+        if transforms.is_outage(error):
+            raise
+        return 0, 0  # a link to nowhere
     return status.st_size, status.st_mtime_ns
 
 

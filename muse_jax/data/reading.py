@@ -1,5 +1,6 @@
 """Reading examples one by one: substitutes for broken ones, and a cache of small ones."""
 
+import collections
 import time
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,7 @@ class Reader:
       length: number of examples.
       name_of: an example's name for the log, from its index.
       fixed: whether the seed makes no difference.
-      most_broken: share of `WINDOW` examples, as they are read for the first time, above which it is an error.
+      most_broken: share of any `WINDOW` examples that are read one after another, above which it is an error.
       spares: number of examples with the indices after those, for when all of those that were tried are broken.
     """
 
@@ -65,7 +66,7 @@ class Reader:
         self._kept: dict[int, dict[str, Any]] = {}
         self._room = CACHE_BYTES if fixed else 0
         self._most_broken = most_broken
-        self._in_window = self._broken_in_window = 0  # examples read
+        self._reads, self._broken_reads = 0, collections.deque[int]()  # how many, and which of them were of broken ones
         self.broken: dict[int, str] = {}  # index -> reason
 
     def example(self, index: int, seed: tuple[int, ...]) -> dict[str, Any]:
@@ -81,9 +82,7 @@ class Reader:
                 return self._kept[at]
             if at in self.broken:
                 continue
-            self._in_window, self._broken_in_window = (
-                (self._in_window + 1, self._broken_in_window) if self._in_window < WINDOW else (1, 0)
-            )
+            self._reads += 1
             try:
                 return self._keep(at, patiently(self._read, at, seed))
             except (UnusableError, OSError) as error:
@@ -104,13 +103,15 @@ class Reader:
         )
 
     def _count_broken(self) -> None:
-        self._broken_in_window += 1
-        if self._broken_in_window > self._most_broken * WINDOW:
+        self._broken_reads.append(self._reads)
+        while self._broken_reads[0] <= self._reads - WINDOW:
+            self._broken_reads.popleft()
+        if len(self._broken_reads) > self._most_broken * WINDOW:
             named = "; ".join(f"{self._name_of(i)} ({self.broken[i]})" for i in list(self.broken)[-3:])
             raise UnusableError(
-                f"{self._broken_in_window} of the last {self._in_window} examples read are broken, the newest {named}; "
-                f"see to what wrote them, or to what they are read from. data.most_broken {self._most_broken:g} allows "
-                f"that share of {WINDOW}"
+                f"{len(self._broken_reads)} of the last {min(self._reads, WINDOW)} examples read are broken, the "
+                f"newest {named}; see to what wrote them, or to what they are read from. data.most_broken "
+                f"{self._most_broken:g} allows that share of {WINDOW}"
             )
 
     def _tried(self, index: int, attempt: int) -> int:

@@ -71,7 +71,7 @@ def write(out: Any, converted: Converted, origin: Mapping[str, str], dtype: str 
 
     Args:
       out: its parents are made if need be; what a link leads to is written. In a bucket, which can't rename
-        folders, it is whole once its manifest is there, which is deleted first and written last.
+        folders, it is whole once its manifest is, which is the last to be replaced.
       converted: what to write; read as it is written.
       origin: where it is from, for the manifest.
       dtype: a name in `DTYPES`; "source" keeps float32 and bfloat16, and widens float16.
@@ -121,7 +121,7 @@ def _replace(out: epath.Path, draft: epath.Path, previous: epath.Path) -> None:
 
 def _replace_objects(out: epath.Path, draft: epath.Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / MANIFEST).unlink(missing_ok=True)
+    (out / MANIFEST).write_text(json.dumps({"format": FORMAT}))  # ours, and not whole
     for name in (PARAMS, VOCABULARY, MANIFEST):
         if (draft / name).exists():
             (draft / name).replace(out / name)
@@ -147,7 +147,7 @@ def _check_replaceable(out: epath.Path, vocabulary: bytes | None) -> None:
         raise WeightsError(f"{out} is a file; name a folder.")
     held = {file.name for file in out.iterdir()}
     others = sorted(held - {PARAMS, MANIFEST, VOCABULARY})
-    if others or (held and MANIFEST not in held and not _in_bucket(out)):
+    if others or (held and MANIFEST not in held):
         found = f" ({others[0]})" if others else ""
         raise WeightsError(f"{out} holds something else than imported weights{found}; name another folder.")
     if VOCABULARY in held and (out / VOCABULARY).read_bytes() != vocabulary:

@@ -82,7 +82,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe.write_text(token)
-        except OSError as error:
+        except Exception as error:  # TensorFlow's errors, of buckets, are no OSErrors
             problem = f"can't write checkpoints to {self.folder} ({error}); choose another --workdir."
             raise CheckpointError(problem) from error
         return token
@@ -99,7 +99,9 @@ class Checkpoints:
             probe = self.folder / f".probe-{jax.process_index()}"
             self._write(probe)
             probe.rename(self.folder / f"{probe.name}-renamed").unlink()
-        except OSError as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # TensorFlow's errors, of buckets, are no OSErrors
             problem = f"can't write checkpoints to {self.folder} ({error}); choose another --workdir."
             raise CheckpointError(problem) from error
 

@@ -18,10 +18,12 @@ from typing import Any
 
 from absl import logging
 
+from muse_jax.training import hosts
 from muse_jax.training.resume import ResumeError
 
 RENEWED, LEASE = 15.0, 60.0
 LOCK = ".lock"
+_PATIENCE = 10.0  # seconds for the bucket to answer
 
 
 @contextlib.contextmanager
@@ -72,22 +74,16 @@ class _Lease:
     """The object .lock of a folder in a bucket, while it is this process's."""
 
     def __init__(self, folder: str, flag: str):
-        import tensorstore  # which Orbax writes to buckets with
-
         self._folder, self._flag = folder, flag
-        self._mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex})
-        try:
-            self._store = tensorstore.KvStore.open(f"{folder.rstrip('/')}/").result()
-        except Exception as error:
-            raise _unwritable(folder, flag, error) from error
+        self._mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}).encode()
         self._generation = b""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True, name="muse_jax lease")
 
     def __enter__(self) -> None:
         try:
-            before = self._abandoned()
-            self._generation = self._write(self._mine, before.stamp.generation)
+            self._store = _store(self._folder)
+            self._generation = self._write(self._mine, self._abandoned()) or self._written()
             if not self._generation:
                 raise _taken(self._folder, self._flag, self._read().value)
         except ResumeError:
@@ -97,58 +93,90 @@ class _Lease:
         self._thread.start()
 
     def __exit__(self, *_: Any) -> None:
+        """Gives it back, if the bucket answers soon; else it runs out."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(_PATIENCE)
         with contextlib.suppress(Exception):
             self._write(None, self._generation)
 
     def _read(self) -> Any:
-        return self._store.read(LOCK).result()
+        return self._store.read(LOCK).result(timeout=_PATIENCE)
 
-    def _write(self, value: str | None, expected: bytes) -> bytes:
+    def _write(self, value: bytes | None, expected: bytes) -> bytes:
         """Returns the generation that was made; none if what is there is no longer the expected one."""
-        return self._store.write(LOCK, value, if_equal=expected).result().generation
+        return self._store.write(LOCK, value, if_equal=expected).result(timeout=_PATIENCE).generation
 
-    def _abandoned(self) -> Any:
-        """What is there, which nobody renews.
+    def _written(self) -> bytes:
+        """The generation of our own words, if they are there after all: the answer to a write may get lost."""
+        now = self._read()
+        return now.stamp.generation if now.value == self._mine else b""
+
+    def _abandoned(self) -> bytes:
+        """The generation of what is there, nothing or what nobody renews.
 
         Raises:
           ResumeError: if somebody does.
         """
         found = self._read()
         if found.state == "missing":
-            return found
+            return found.stamp.generation
         logging.warning(
             "%s/%s is of %s; if it isn't renewed in %g seconds, this run goes on there.",
             self._folder, LOCK, _holder(found.value), LEASE,
         )  # fmt: skip
-        until = time.monotonic() + LEASE
-        while time.monotonic() < until:
+        began = seen = time.monotonic()
+        while time.monotonic() < began + LEASE:
             time.sleep(LEASE / 30)
             again = self._read()
             if again.state == "missing":
-                return again
+                break
             if again.stamp.generation != found.stamp.generation:
                 raise _taken(self._folder, self._flag, again.value)
-        return found
+            now = time.monotonic()
+            if now - seen > LEASE / 10:  # the bucket was slow, perhaps for the holder too: wait anew
+                began = now
+            seen = now
+        return again.stamp.generation
 
     def _keep(self) -> None:
-        while not self._ended.wait(RENEWED):
+        pause = RENEWED
+        while not self._ended.wait(pause):
+            pause = RENEWED
             try:
-                made = self._write(self._mine, self._generation)
-                if not made:  # an answer that got lost leaves our own words there
-                    now = self._read()
-                    made = now.stamp.generation if now.value == self._mine.encode() else b""
-            except Exception as error:  # an outage; others wait longer than it takes to be noticed
+                made = self._write(self._mine, self._generation) or self._written()
+                now = None if made else self._read()
+                if now is not None and now.state == "missing":  # somebody has deleted it
+                    made = self._write(self._mine, now.stamp.generation)
+            except Exception as error:
                 logging.warning("%s/%s can't be renewed at the moment: %s", self._folder, LOCK, error)
+                pause = RENEWED / 10
                 continue
+            if self._ended.is_set():
+                return
             if not made:
-                logging.error(
-                    "%s was taken over by %s, which heard nothing of this process for %g seconds. It ends here, so "
-                    "that no two write there.", self._folder, _holder(now.value), LEASE,
-                )  # fmt: skip
-                os._exit(1)
+                self._leave(now)
             self._generation = made
+
+    def _leave(self, now: Any) -> None:
+        said = (
+            f"{self._folder} was taken over by {_holder(now.value)}, which heard nothing of this process for {LEASE:g} "
+            "seconds. It ends here, so that no two write there."
+        )
+        logging.error("%s", said)
+        if hosts.several():
+            hosts.announce(said)
+            hosts.leave(1)
+        os._exit(1)
+
+
+def _store(folder: str) -> Any:
+    """Where the folder's objects are. What fails is tried again here: tensorstore would wait longer and longer."""
+    import tensorstore  # which Orbax writes to buckets with
+
+    bucket, _, path = folder.removeprefix("gs://").partition("/")
+    retries = {"max_retries": 2, "initial_delay": "200ms", "max_delay": "1s"}
+    spec = {"driver": "gcs", "bucket": bucket, "path": f"{path.rstrip('/')}/" if path else ""}
+    return tensorstore.KvStore.open({**spec, "context": {"gcs_request_retries": retries}}).result(timeout=_PATIENCE)
 
 
 def _taken(folder: Any, flag: str, said: bytes) -> ResumeError:

@@ -282,6 +282,31 @@ def test_a_header_that_storage_does_not_give_costs_no_picture(tmp_path, monkeypa
         folders.scan(str(tmp_path))
 
 
+def test_a_link_that_storage_does_not_follow_costs_no_picture(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "pictures").mkdir()
+    picture(tmp_path / "there/a.png").with_suffix(".txt").write_text("a")
+    (tmp_path / "pictures/link").symlink_to(tmp_path / "there")
+    monkeypatch.setattr(reading, "PAUSES", (0.0,))
+    failures, whole = [], folders._is_folder
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.stat, self.is_symlink, self._entry = entry.name, entry.stat, entry.is_symlink, entry
+
+        def is_dir(self):
+            if failures:
+                raise failures.pop()
+            return self._entry.is_dir()
+
+    monkeypatch.setattr(folders, "_is_folder", lambda entry: whole(Entry(entry)))
+    failures += [OSError(errno.EIO, "Input/output error")]
+    assert folders.scan(str(tmp_path / "pictures")).keys == ("link/a.png",)
+    failures += [OSError(errno.EIO, "Input/output error")] * 2
+    with pytest.raises(OSError, match="Input/output error"):
+        folders.scan(str(tmp_path / "pictures"))
+
+
 def test_a_folder_that_storage_does_not_list_costs_no_picture(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     picture(tmp_path / "sub/a.png").with_suffix(".txt").write_text("a")

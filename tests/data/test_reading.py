@@ -61,8 +61,9 @@ def test_few_pictures_may_be_broken_to_any_share():
         (BROKEN, "all examples tried in its place"),
     ],
 )
-def test_what_ends_a_run_says_so_from_loading_processes_too(monkeypatch, workers, error, said):
-    monkeypatch.setattr(reading, "PAUSES", (0.01,))  # forked processes have it too, else it only takes longer
+def test_what_ends_a_run_says_so_from_loading_processes_too(monkeypatch, root, workers, error, said):
+    monkeypatch.syspath_prepend(root)  # where those find this file
+    monkeypatch.setattr(reading, "PAUSES", (0.01,))  # theirs are longer
     loader = Loader(Batches(Pictures(8, 1, error), batch_size=4, seed=0), workers=workers)
     try:
         with pytest.raises(ValueError, match=said) as raised:

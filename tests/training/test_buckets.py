@@ -147,6 +147,7 @@ def test_rights_that_are_missing_are_named_before_anything_is_compiled(bucket, c
 def quick(monkeypatch):
     monkeypatch.setattr(locks, "RENEWED", 0.2)
     monkeypatch.setattr(locks, "LEASE", 1.5)
+    monkeypatch.setattr(locks, "_PATIENCE", 1.0)
 
 
 HOLDER = """
@@ -198,18 +199,56 @@ def test_a_run_that_was_taken_for_dead_ends_when_it_wakes_up(bucket, cloud, quic
     assert not (bucket / "run" / locks.LOCK).exists()
 
 
-def test_a_lease_outlives_answers_that_fail(bucket, cloud, quick, monkeypatch):
+def test_a_lease_outlives_an_outage(bucket, cloud, quick, monkeypatch):
+    """Also one that is longer than the lease, and one that the other start sees too."""
     other = holder(cloud)
     try:
-        cloud.fails = 2
-        time.sleep(0.5)
-        monkeypatch.setattr(locks, "LEASE", 15.0)  # tensorstore asks again after some seconds
+        cloud.fails = 12
+        with pytest.raises(resume.ResumeError, match=r"another run is at work|can't write to"):
+            locks.held(f"{BUCKET}/run").__enter__()
+        time.sleep(3)
+        assert cloud.fails == 0
         with pytest.raises(resume.ResumeError, match="another run is at work"):
             locks.held(f"{BUCKET}/run").__enter__()
-        assert cloud.fails == 0
     finally:
         other.kill()
         other.communicate()
+
+
+def test_an_answer_that_gets_lost_leaves_the_lease_with_who_asked(bucket, cloud, quick):
+    cloud.lost = 1  # what was written stays, the answer is 503
+    with locks.held(f"{BUCKET}/run"):
+        assert json.loads((bucket / "run" / locks.LOCK).read_text())["pid"] == os.getpid()
+        cloud.lost = 1
+        time.sleep(1)
+        assert cloud.lost == 0
+    assert not (bucket / "run" / locks.LOCK).exists()
+
+
+def test_a_bucket_that_no_longer_answers_does_not_hold_up_the_end(bucket, cloud, quick):
+    def work():
+        with locks.held(f"{BUCKET}/run"):
+            cloud.fails = 10**6
+            time.sleep(0.5)
+            raise RuntimeError("what went wrong")
+
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="what went wrong"):
+        work()
+    assert time.monotonic() - began < 10
+
+
+def test_a_lease_that_somebody_deleted_is_taken_again(bucket, cloud, quick):
+    with locks.held(f"{BUCKET}/run"):
+        (bucket / "run" / locks.LOCK).unlink()
+        time.sleep(1)
+        assert json.loads((bucket / "run" / locks.LOCK).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("name", ["run#1", "run%2d1", "a run?x"])
+def test_a_folder_may_have_any_name(bucket, cloud, quick, name):
+    with locks.held(f"{BUCKET}/{name}"):
+        assert [path.name for path in bucket.iterdir()] == [name]
 
 
 def test_a_bucket_that_nothing_can_be_written_to_is_an_error_before_all_else(bucket, cloud):
