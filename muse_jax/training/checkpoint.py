@@ -44,6 +44,7 @@ TRASH = ".todelete"  # what is deleted is renamed into this first: half a deleti
 MOST_FAILURES = 3  # saves that may fail one after the other
 SAVED = ".saved"  # beside checkpoints/, with the newest step: that there was a checkpoint once
 _NEVER = 10**7  # seconds; Orbax has no other word for it
+_NEVER_LACKING = 16 * 2**20  # bytes
 _PROBED = 2**16  # bytes that a disk must take before a save begins
 
 
@@ -334,7 +335,8 @@ class Checkpoints:
 def _written_at_once(leaves: Iterable[Any]) -> int:
     """Bytes that this process compresses and writes at a time: twice its largest array, or a sixteenth of all.
 
-    Orbax would take all at once, for which the host needs as much memory again.
+    Orbax would take all at once, for which the host needs as much memory again. What no host lacks is not held back:
+    Orbax takes a quarter longer where many small arrays wait for their turn.
     """
 
     def held(leaf: Any) -> int:
@@ -342,7 +344,7 @@ def _written_at_once(leaves: Iterable[Any]) -> int:
         return min(whole, len(leaf.sharding.addressable_devices) * executable.device_bytes(leaf))
 
     sizes = [held(leaf) for leaf in leaves]
-    return max(2 * max(sizes), sum(sizes) // 16)
+    return max(2 * max(sizes), sum(sizes) // 16, _NEVER_LACKING)
 
 
 def _read_together(what: str, read: Callable[[], Any]) -> Any:

@@ -18,7 +18,6 @@ from typing import Any
 
 from absl import logging
 
-from muse_jax.training import hosts
 from muse_jax.training.resume import ResumeError
 
 RENEWED, LEASE = 15.0, 60.0
@@ -163,6 +162,8 @@ class _Lease:
             "seconds. It ends here, so that no two write there."
         )
         logging.error("%s", said)
+        from muse_jax.training import hosts  # brings jax, which conversions need not
+
         if hosts.several():
             hosts.announce(said)
             hosts.leave(1)

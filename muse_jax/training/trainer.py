@@ -7,6 +7,7 @@ held-out batches are evaluated and samples drawn. Nothing after the step itself 
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import time
@@ -312,7 +313,7 @@ class Run:
 
     def to_the_end(self) -> Result:
         """Runs the remaining steps, then saves, evaluates and draws a last time."""
-        with contextlib.closing(self.profile), self.meter.during(meters.STEP):
+        with contextlib.closing(self.profile), _without_long_collections(), self.meter.during(meters.STEP):
             return self._to_the_end()
 
     def _to_the_end(self) -> Result:
@@ -552,6 +553,20 @@ class _Sums:
     def means(self) -> dict[str, float]:
         """Their means; without what was never counted."""
         return {n: total / weight for n, (total, weight) in self.sums.items() if weight and n != "nonfinite"}
+
+
+@contextlib.contextmanager
+def _without_long_collections() -> Iterator[None]:
+    """Python's collector leaves alone what is there by now.
+
+    To look through all that jax made while it compiled takes a third of a second, which saving a checkpoint would
+    bring about, and on a pod in each process at another time, while the others wait.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
