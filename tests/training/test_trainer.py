@@ -83,6 +83,14 @@ def test_a_run_is_its_steps(tmp_path):
     assert "compile_seconds" in lines[0]
 
 
+def test_the_collector_leaves_alone_what_was_there_before_the_first_step(tmp_path, monkeypatch):
+    frozen, step = [], trainer.Run._one_step
+    monkeypatch.setattr(trainer.Run, "_one_step", lambda run: frozen.append(gc.get_freeze_count()) or step(run))
+    toys.train(toys.spec(), tmp_path)
+    assert min(frozen) > 10_000
+    assert gc.get_freeze_count() == 0
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     run = toys.spec()
     first = toys.train(run, tmp_path)
