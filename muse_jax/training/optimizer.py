@@ -40,7 +40,7 @@ def make_optimizer(spec: OptimizerSpec, labels: Any, axes: Axes, steps: int) -> 
     Raises:
       SpecError: for an override of a label that no parameter has, or of an unknown field.
     """
-    present = set(trees.named_leaves(labels).values())
+    present = sorted(set(trees.named_leaves(labels).values()))  # in the same order in every process
     for label in spec.overrides:
         if label not in present:
             known = ", ".join(sorted(present))
@@ -133,7 +133,8 @@ def _by_layer(core: optax.GradientTransformation, axes: Axes) -> optax.GradientT
 
     def transformation(params: Any) -> optax.GradientTransformation:
         found = groups(params)
-        return optax.partition({g: core if g == "single" else vmapped for g in set(jax.tree.leaves(found))}, found)
+        present = sorted(set(jax.tree.leaves(found)))  # as above
+        return optax.partition({g: core if g == "single" else vmapped for g in present}, found)
 
     return optax.GradientTransformation(
         lambda params: transformation(params).init(params),

@@ -183,3 +183,25 @@ def test_a_disk_that_is_full_for_a_while(tmp_path):
             assert "failed 3 times" in process.stderr
             assert kept == [8]
         load_stage(workdir)
+
+
+PROGRAM = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+import jax, toys
+from muse_jax.training import sharding, step
+run, task = toys.spec(), toys.Adversaries()
+program = step.Program(run, task, sharding.make_mesh(run.mesh), task.frozen())
+text = program.lower_train(program.abstract_batch(toys.batch_of(0, 4))).as_text()
+print(hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+def test_every_process_compiles_the_same_step():
+    """Whatever Python's hashes of strings are: hosts that compiled two orders would wait for each other."""
+    made = set()
+    for seed in ("1", "2", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "JAX_NUM_CPU_DEVICES": "1"}
+        words = [sys.executable, "-c", PROGRAM, str(TOYS.parent)]
+        made.add(subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(made) == 1
