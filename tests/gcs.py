@@ -116,12 +116,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         made = str(self.server.generation(path))
         return self._answer(200, json.dumps({"name": asked["name"], "generation": made}).encode())
 
-    def _read(self, path: pathlib.Path, asked: dict[str, str]) -> None:
+    def _asked_for(self, path: pathlib.Path, asked: dict[str, str]) -> int:
+        """The generation of an object that is there as it is asked for; else 0, and that is answered."""
         found = self.server.generation(path)
+        if found and self._matches(found, asked):
+            return found
+        self._answer(412 if found else 404)
+        return 0
+
+    def _read(self, path: pathlib.Path, asked: dict[str, str]) -> None:
+        found = self._asked_for(path, asked)
         if not found:
-            return self._answer(404)
-        if not self._matches(found, asked):
-            return self._answer(412)
+            return None
         if asked.get("ifGenerationNotMatch") == str(found):
             return self._answer(304)
         content = path.read_bytes()
@@ -139,13 +145,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self.wfile.write(content[start : end + 1])
 
     def _delete(self, path: pathlib.Path, asked: dict[str, str]) -> None:
-        found = self.server.generation(path)
-        if not found:
-            return self._answer(404)
-        if not self._matches(found, asked):
-            return self._answer(412)
-        path.unlink()
-        return self._answer(204)
+        if self._asked_for(path, asked):
+            path.unlink()
+            self._answer(204)
 
     def _list(self, asked: dict[str, str]) -> None:
         every = (path for path in self.server.folder.rglob("*") if path.is_file())

@@ -96,12 +96,10 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder} is not the same folder in all processes; choose a --workdir that all hosts share."
             ) from error
+        probe = self.folder / f".probe-{jax.process_index()}"
+        self._write(probe)
         try:
-            probe = self.folder / f".probe-{jax.process_index()}"
-            self._write(probe)
             probe.rename(self.folder / f"{probe.name}-renamed").unlink()
-        except CheckpointError:
-            raise
         except Exception as error:  # TensorFlow's errors, of buckets, are no OSErrors
             problem = f"can't write checkpoints to {self.folder} ({error}); choose another --workdir."
             raise CheckpointError(problem) from error

@@ -43,7 +43,7 @@ def make_optimizer(spec: OptimizerSpec, labels: Any, axes: Axes, steps: int) -> 
     present = sorted(set(trees.named_leaves(labels).values()))  # in the same order in every process
     for label in spec.overrides:
         if label not in present:
-            known = ", ".join(sorted(present))
+            known = ", ".join(present)
             raise SpecError(f"optimizer.overrides.{label}: no parameter has this label; the task's are {known}.")
     transforms = {
         label: optax.set_to_zero() if label == FROZEN else _one(label_spec(spec, label), axes, steps)

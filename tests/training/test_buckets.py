@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -151,10 +150,9 @@ def quick(monkeypatch):
 
 
 HOLDER = """
-import pathlib, sys, time
-sys.path.insert(0, sys.argv[1])
+import sys, time
 import gcs
-gcs.use(pathlib.Path(sys.argv[2]), sys.argv[3])
+gcs.use(*sys.argv[1:])
 from muse_jax.training import locks
 locks.RENEWED, locks.LEASE = 0.2, 1.5
 with locks.held("gs://bucket/run"):
@@ -165,9 +163,8 @@ with locks.held("gs://bucket/run"):
 
 def holder(cloud):
     """A process that holds gs://bucket/run."""
-    here = str(pathlib.Path(gcs.__file__).parent)
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, here, str(cloud.folder), cloud.url],
+        [sys.executable, "-c", HOLDER, str(cloud.folder), cloud.url],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "holds\n"
